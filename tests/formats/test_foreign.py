@@ -5,7 +5,7 @@ import sys
 
 import numpy as np
 import pytest
-from fuzz import answer, mangled, refused
+from fuzz import answer, fuzzed, mangled, refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llamas import begin_with, byte_level, sentencepiece, write_gguf
@@ -32,9 +32,9 @@ PROBE = (
 MARKUP = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
-def trained(cut="smollm", size=330):
+def trained(size=330, digits=True):
     """A byte-level BPE, trained on a few lines."""
-    return byte_level(TEXT, MARKUP, size, cut == "smollm")
+    return byte_level(TEXT, MARKUP, size, digits)
 
 
 def folder_of(theirs, folder):
@@ -50,9 +50,10 @@ def theirs():
     return trained()
 
 
-@pytest.fixture
-def ours(theirs, tmp_path):
-    return foreign_json(folder_of(theirs, tmp_path))
+@pytest.fixture(scope="module")
+def ours(tmp_path_factory):
+    """The same, read by us."""
+    return foreign_json(folder_of(trained(), tmp_path_factory.mktemp("a")))
 
 
 def test_a_text_has_the_librarys_tokens(ours, theirs):
@@ -64,20 +65,11 @@ def test_a_text_has_the_librarys_tokens(ours, theirs):
         assert found.dtype == np.uint32 and found.tolist() == want
 
 
-@pytest.fixture(scope="module")
-def kept(tmp_path_factory):
-    """A tokenizer for many texts."""
-    folder = tmp_path_factory.mktemp("foreign")
-    return foreign_json(folder_of(trained(), folder))
-
-
 @settings(max_examples=100, deadline=None)
 @given(text=st.text(max_size=40))
-def test_any_text_comes_back(text, kept):
-    assert kept.decode(kept.encode_ordinary(text)) == text
-
-
-def test_half_a_character_is_no_text_and_no_error(ours):
+def test_any_text_comes_back(text, ours):
+    assert ours.decode(ours.encode_ordinary(text)) == text
+    # half a character is no text, and no error
     assert ours.decode(ours.encode_ordinary("a\ud800b")) == "a\ufffdb"
 
 
@@ -150,20 +142,24 @@ def test_the_door_knows_all_kinds(theirs, tmp_path):
     assert open_foreign(path).n_vocab == theirs.get_vocab_size()
 
 
+NONE = "not a tokenizer"
+
+
 @pytest.mark.parametrize(
-    ("raw", "says"),
+    ("name", "raw", "says"),
     [
-        (b"", "empty file"),
-        (b"{}", "not a tokenizer"),
-        (b"[1, 2]", "not a tokenizer"),
-        (b"\xff\xfe", "not a tokenizer"),
-        (b"version https://git-lfs", "Git LFS pointer"),
+        ("json", b"", "empty file"), ("json", b"{}", NONE),
+        ("json", b"[1, 2]", NONE), ("json", b"\xff\xfe", NONE),
+        ("json", b"version https://git-lfs", "Git LFS pointer"),
+        ("model", b"", "empty"), ("model", b"no such thing", NONE),
     ],
-)
-def test_what_is_no_tokenizer_is_refused(raw, says, tmp_path):
-    path = tmp_path / "tokenizer.json"
+)  # fmt: skip
+def test_what_is_no_tokenizer_is_refused(name, raw, says, tmp_path):
+    if name == "model":
+        pytest.importorskip("sentencepiece")
+    path = tmp_path / f"tokenizer.{name}"
     path.write_bytes(raw)
-    refused(says, foreign_json, path)
+    refused(says, open_foreign, path)
 
 
 # SentencePiece
@@ -180,6 +176,7 @@ def proto():
 
 
 def test_a_sentencepiece_has_the_librarys_tokens(proto, tmp_path):
+    """A character without a piece is its bytes."""
     library = pytest.importorskip("sentencepiece")
     theirs = library.SentencePieceProcessor(model_proto=proto)
     (tmp_path / "tokenizer.model").write_bytes(proto)
@@ -195,22 +192,9 @@ def test_a_sentencepiece_has_the_librarys_tokens(proto, tmp_path):
     meant = ours.encode("<s>a</s>", allowed_special="all")
     assert (meant[0], meant[-1]) == (1, 2)
     assert ours.special_tokens_set == {"<s>", "</s>"}
-
-
-def test_a_character_without_a_piece_is_its_bytes(proto, tmp_path):
-    (tmp_path / "tokenizer.model").write_bytes(proto)
-    ours = open_foreign(tmp_path / "tokenizer.model")
     found = ours.encode_ordinary("\U0001f600")
     parts = [ours.decode_single_token_bytes(x) for x in found]
     assert parts[-4:] == [b"\xf0", b"\x9f", b"\x98", b"\x80"]
-
-
-def test_what_is_no_sentencepiece_is_refused(tmp_path):
-    pytest.importorskip("sentencepiece")
-    path = tmp_path / "tokenizer.model"
-    for raw, says in ((b"", "empty"), (b"no such thing", "not a tokenizer")):
-        path.write_bytes(raw)
-        refused(says, foreign_sentencepiece, path)
 
 
 def test_a_sentencepiece_without_an_end_is_refused(tmp_path):
@@ -236,11 +220,18 @@ def tables(theirs):
     return {f"tokenizer.ggml.{name}": x for name, x in said.items()}
 
 
+def in_gguf(folder, theirs, change=lambda keys: None, **said):
+    """The path of a GGUF file with such tables, some of them changed."""
+    keys = tables(theirs)
+    keys |= {f"tokenizer.ggml.{name}": x for name, x in said.items()}
+    change(keys)
+    return write_gguf(folder / "a.gguf", keys)
+
+
 @pytest.mark.parametrize("cut", ["smollm", "gpt-2", "default"])
 def test_tables_in_a_gguf_cut_and_merge_alike(cut, tmp_path):
-    theirs = trained(cut)
-    keys = tables(theirs) | {"tokenizer.ggml.pre": cut}
-    ours = open_foreign(write_gguf(tmp_path / "a.gguf", keys))
+    theirs = trained(digits=cut == "smollm")
+    ours = open_foreign(in_gguf(tmp_path, theirs, pre=cut))
     for text in TEXT, PROBE:
         want = theirs.encode(text).ids
         assert ours.encode_ordinary(text) == want
@@ -248,46 +239,29 @@ def test_tables_in_a_gguf_cut_and_merge_alike(cut, tmp_path):
     assert ours.n_vocab == theirs.get_vocab_size()
     assert ours.special_tokens_set == set(MARKUP)
     assert (ours.bos_token, ours.eot_token) == (None, 2)
-
-
-def test_a_gguf_says_whether_a_text_has_a_begin(theirs, tmp_path):
-    keys = tables(theirs) | {"tokenizer.ggml.add_bos_token": True}
-    ours = open_foreign(write_gguf(tmp_path / "a.gguf", keys))
-    assert ours.bos_token == 1
+    begins = in_gguf(tmp_path, theirs, pre=cut, add_bos_token=True)
+    assert open_foreign(begins).bos_token == 1
 
 
 @pytest.mark.parametrize(
     ("cut", "want"),
-    [
-        ("gpt-2", ["1234", "5"]),
-        ("smollm", ["1", "2", "3", "4", "5"]),
-        ("llama-bpe", ["123", "4", "5"]),
-        ("qwen2", ["1", "2", "3", "4", "5"]),
-    ],
-)
-def test_digits_are_cut_as_the_name_says(cut, want, theirs, tmp_path):
-    keys = tables(theirs) | {"tokenizer.ggml.pre": cut}
-    keys["tokenizer.ggml.tokens"] += ["12", "123", "1234"]
-    keys["tokenizer.ggml.token_type"] += [1, 1, 1]
-    keys["tokenizer.ggml.merges"] += ["1 2", "12 3", "123 4"]
-    ours = open_foreign(write_gguf(tmp_path / "a.gguf", keys))
-    assert [ours.decode([x]) for x in ours.encode_ordinary("12345")] == want
+    [("gpt-2", "1234 5"), ("smollm", "1 2 3 4 5"),
+     ("llama-bpe", "123 4 5"), ("qwen2", "1 2 3 4 5")],
+)  # fmt: skip
+def test_a_gguf_cuts_as_the_name_says(cut, want, theirs, tmp_path):
+    """Digits, accents, and a token that was added later."""
+
+    def more(keys):
+        keys["tokenizer.ggml.tokens"] += ["12", "123", "1234", "<think>"]
+        keys["tokenizer.ggml.token_type"] += [1, 1, 1, 4]
+        keys["tokenizer.ggml.merges"] += ["1 2", "12 3", "123 4"]
+
+    ours = open_foreign(in_gguf(tmp_path, theirs, more, pre=cut))
+    digits = [ours.decode([x]) for x in ours.encode_ordinary("12345")]
+    assert " ".join(digits) == want
     assert ours.decode(ours.encode_ordinary(TEXT)) == TEXT
-
-
-@pytest.mark.parametrize("cut", ["smollm", "qwen2"])
-def test_accents_are_composed_as_the_name_says(cut, theirs, tmp_path):
-    keys = tables(theirs) | {"tokenizer.ggml.pre": cut}
-    ours = open_foreign(write_gguf(tmp_path / "a.gguf", keys))
     apart, whole = map(ours.encode_ordinary, ("cafe\u0301", "caf\u00e9"))
     assert (apart == whole) == (cut == "qwen2")
-
-
-def test_added_tokens_of_a_gguf_stand_in_texts(theirs, tmp_path):
-    keys = tables(theirs)
-    keys["tokenizer.ggml.tokens"].append("<think>")
-    keys["tokenizer.ggml.token_type"].append(4)
-    ours = open_foreign(write_gguf(tmp_path / "a.gguf", keys))
     assert len(ours.encode_ordinary("<think>")) == 1
     assert "<think>" not in ours.special_tokens_set
 
@@ -304,6 +278,10 @@ def begin(value):
     """A token that is put before texts."""
     said = {"add_bos_token": True, "bos_token_id": value}
     return lambda keys: [key(*x)(keys) for x in said.items()]
+
+
+def twice(keys):
+    keys["tokenizer.ggml.tokens"][-1] = keys["tokenizer.ggml.tokens"][-2]
 
 
 @pytest.mark.parametrize(
@@ -324,21 +302,13 @@ def begin(value):
         (key("eos_token_id", "2"), "token '2'"),
         (begin(999), "not whole"),
         (begin("1"), "not whole"),
+        (twice, "a token comes twice"),
     ],
 )
 def test_tables_that_make_no_tokenizer_are_refused(
     change, says, theirs, tmp_path
 ):
-    keys = tables(theirs)
-    change(keys)
-    refused(says, foreign_gguf, write_gguf(tmp_path / "a.gguf", keys))
-
-
-def test_a_token_that_comes_twice_is_refused(theirs, tmp_path):
-    keys = tables(theirs)
-    keys["tokenizer.ggml.tokens"][-1] = keys["tokenizer.ggml.tokens"][-2]
-    path = write_gguf(tmp_path / "a.gguf", keys)
-    refused("a token comes twice", foreign_gguf, path)
+    refused(says, foreign_gguf, in_gguf(tmp_path, theirs, change))
 
 
 def test_without_sentencepiece_the_error_says_what_to_install(monkeypatch):
@@ -348,24 +318,15 @@ def test_without_sentencepiece_the_error_says_what_to_install(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def good(tmp_path_factory):
-    """The folder of a small tokenizer, and its bytes."""
-    folder = tmp_path_factory.mktemp("damaged")
-    path = folder_of(trained(size=262), folder)
-    return path, path.read_bytes()
+def good(tmp_path_factory, proto):
+    """The path of a small tokenizer.json, and the bytes of each kind."""
+    path = folder_of(trained(262), tmp_path_factory.mktemp("damaged"))
+    return path, {".json": path.read_bytes(), ".model": proto}
 
 
-@settings(max_examples=200, deadline=None)
-@given(data=st.data())
-def test_a_damaged_tokenizer_gives_one_error(data, good):
-    path, raw = good
-    found = answer(foreign_json, path, data.draw(mangled(raw)))
-    assert isinstance(found, Exception) or found.n_vocab
-
-
-@settings(max_examples=200, deadline=None)
-@given(data=st.data())
-def test_a_damaged_sentencepiece_gives_one_error(data, good, proto):
-    path = good[0].with_name("tokenizer.model")
-    found = answer(foreign_sentencepiece, path, data.draw(mangled(proto)))
+@pytest.mark.parametrize("kind", [".json", ".model"])
+@fuzzed(200)
+def test_a_damaged_tokenizer_gives_one_error(kind, data, good):
+    path, raw = good[0].with_suffix(kind), good[1][kind]
+    found = answer(open_foreign, path, data.draw(mangled(raw)))
     assert isinstance(found, Exception) or found.n_vocab
