@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import re
-import subprocess
 import sys
 from functools import partial
 from http.server import BaseHTTPRequestHandler
@@ -13,10 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fuzz import flip
-from processes import served
+from processes import python, served
 from spelling import vocab_of
 
-from llmnb.book.export import ROOT
 from llmnb.config import GPT2Config
 from llmnb.formats.checkpoint import write_folder
 from llmnb.formats.hub import SOURCES, fetch
@@ -122,36 +120,34 @@ main()
 """
 
 
-def llmnb(url, cache, *args, **hashes):
-    """Run the command in a process of its own: the library reads its
-    variables when it is imported."""
-    pytest.importorskip("huggingface_hub")
-    gone = ("HF_", "HUGGING", "LLMNB_TRACEBACK", "HTTP_PROXY", "http_proxy")
-    env = {k: v for k, v in os.environ.items() if not k.startswith(gone)}
-    env |= {
-        "HF_ENDPOINT": url,
-        "HF_HOME": str(cache),
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
-        "NO_PROXY": "127.0.0.1",
-        "PYTHONPATH": str(ROOT),
-        "HASHES": json.dumps(hashes),
-    }
-    if "offline" in args:
-        env["HF_HUB_OFFLINE"] = "1"
-    command = [sys.executable, "-c", PROGRAM, *args[:2]]
-    return subprocess.run(
-        command, env=env, capture_output=True, text=True, timeout=120
-    )
+GONE = "HF_", "HUGGING", "LLMNB_TRACEBACK", "HTTP_PROXY", "http_proxy"
 
 
 @pytest.fixture
-def fetched(server, tmp_path):
+def command(server, tmp_path):
+    """Run it in a process of its own: the library reads its variables when
+    it is imported."""
+    pytest.importorskip("huggingface_hub")
+    where = {"HF_ENDPOINT": server["url"], "HF_HOME": str(tmp_path)}
+    for off in "XET", "TELEMETRY", "IMPLICIT_TOKEN":
+        where[f"HF_HUB_DISABLE_{off}"] = "1"
+    where |= {"NO_PROXY": "127.0.0.1"}
+
+    def run(name="gpt2", offline=False, **hashes):
+        here = where | {"HASHES": json.dumps(hashes)}
+        here |= {"HF_HUB_OFFLINE": "1"} if offline else {}
+        how = {"without": GONE, "timeout": 120}
+        return python(PROGRAM, "fetch", name, **how, **here)
+
+    return run
+
+
+@pytest.fixture
+def fetched(command):
     """Fetch a model from the server; gives the folder."""
 
-    def run(name="gpt2", *args, **hashes):
-        run = llmnb(server["url"], tmp_path, "fetch", name, *args, **hashes)
+    def run(*args, **how):
+        run = command(*args, **how)
         assert run.returncode == 0, run.stderr
         return Path(run.stdout.strip())
 
@@ -171,15 +167,15 @@ def test_fetch_then_offline(server, files, fetched):
     # again: nothing is sent twice; then without any server
     sent = len(server["sent"])
     assert fetched() == folder and len(server["sent"]) == sent
-    assert fetched("gpt2", "offline") == folder
+    assert fetched(offline=True) == folder
 
 
-def test_a_broken_download_goes_on(server, fetched, tmp_path):
+def test_a_broken_download_goes_on(server, command, fetched):
     # longer than the library reads at once, so that half of it arrives
     big = np.random.default_rng(0).bytes(24 << 20)
     server["files"]["model.safetensors"] = big
     server["breaks"] = ["model.safetensors"]
-    run = llmnb(server["url"], tmp_path, "fetch", "gpt2")
+    run = command()
     if run.returncode:  # an old library leaves going on to the next call
         one_line(run, "cannot get gpt2")
     folder = fetched()
@@ -201,24 +197,23 @@ def test_the_starter_pack_is_a_dataset(server, fetched):
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "vocab.json"])
-def test_a_flipped_bit_in_the_cache_is_seen(server, fetched, tmp_path, name):
+def test_a_flipped_bit_in_the_cache_is_seen(command, fetched, name):
     folder = fetched()
     flip(folder / name, 19)
-    for how in ((), ("offline",)):
-        again = llmnb(server["url"], tmp_path, "fetch", "gpt2", *how)
+    for offline in False, True:
+        again = command(offline=offline)
         one_line(again, "is not what was published", "fetch again")
     os.remove(os.path.realpath(folder / name))
     assert fetched() == folder
 
 
-def test_a_file_that_is_not_the_published_one(server, fetched, tmp_path):
+def test_a_file_that_is_not_the_published_one(server, command, fetched):
     """Whatever hash the hub gives for it: ours is the one that counts."""
     raw = server["files"]["vocab.json"]
     right = {"vocab.json": hashlib.sha256(raw).hexdigest()}
     fetched(**right)
     wrong = {"vocab.json": SOURCES["gpt2"][3]["vocab.json"]}
-    run = llmnb(server["url"], tmp_path, "fetch", "gpt2", **wrong)
-    one_line(run, wrong["vocab.json"], right["vocab.json"])
+    one_line(command(**wrong), wrong["vocab.json"], right["vocab.json"])
 
 
 def test_what_is_fetched_is_pinned():
@@ -237,14 +232,15 @@ def one_line(run, *says):
         assert text in last
 
 
-def test_a_file_that_the_hub_lacks(server, tmp_path):
+def test_a_file_that_the_hub_lacks(server, command):
     del server["files"]["vocab.json"]
-    one_line(llmnb(server["url"], tmp_path, "fetch", "gpt2"), "gpt2", "404")
+    one_line(command(), "gpt2", "404")
 
 
-def test_offline_without_a_cache(tmp_path):
-    run = llmnb("http://127.0.0.1:9", tmp_path, "fetch", "gpt2-xl", "offline")
+def test_offline_without_a_cache(server, command):
+    run = command("gpt2-xl", offline=True)
     one_line(run, "cannot get gpt2-xl from openai-community/gpt2-xl")
+    assert not server["asked"]
 
 
 def test_an_unknown_name():
