@@ -5,17 +5,11 @@ import sys
 
 import pytest
 from fuzz import refused
-from llamas import write_gguf
+from llamas import CHATML, write_gguf
 
 from llmnb.formats.template import chat_template, render_chat
 
 pytest.importorskip("jinja2")
-CHATML = (
-    "{% for m in messages %}"
-    "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 HELLO = [{"role": "user", "content": "hello"}]
 
 
@@ -91,24 +85,26 @@ def test_without_jinja_the_error_says_what_to_install(monkeypatch):
         render_chat(CHATML, HELLO)
 
 
-def folder(tmp_path, **files):
+def folder(tmp_path, **said):
     """A model folder, of whose weights nothing is read."""
-    (tmp_path / "model.safetensors").write_bytes(b"")
-    for name, x in files.items():
-        name = name.replace("_jinja", ".jinja").replace("_json", ".json")
-        (tmp_path / name).write_text(x if name[-1] == "a" else json.dumps(x))
+    (tmp_path / "model.safetensors").touch()
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(said))
     return tmp_path
 
 
+def named(name, template):
+    return {"name": name, "template": template}
+
+
 def test_a_template_is_found_where_it_lies(tmp_path):
-    said = {"chat_template": "A"}
-    assert chat_template(folder(tmp_path, tokenizer_config_json=said)) == "A"
-    several = [{"name": "tool_use", "template": "T"}]
-    several.append({"name": "default", "template": "D"})
-    said = {"chat_template": several}
-    assert chat_template(folder(tmp_path, tokenizer_config_json=said)) == "D"
-    (tmp_path / "chat_template.jinja").write_text("own")
-    assert chat_template(tmp_path) == "own"  # which transformers 5 writes
+    assert chat_template(folder(tmp_path, chat_template="A")) == "A"
+    several = [named("tool_use", "T"), named("default", "D")]
+    assert chat_template(folder(tmp_path, chat_template=several)) == "D"
+    own = tmp_path / "chat_template.jinja"  # which transformers 5 writes
+    own.write_text("own")
+    assert chat_template(tmp_path) == "own"
+    own.write_bytes(b"\xff\xfe")
+    refused("chat_template.jinja", chat_template, tmp_path)
 
 
 def test_a_template_is_found_in_a_gguf(tmp_path):
@@ -119,22 +115,10 @@ def test_a_template_is_found_in_a_gguf(tmp_path):
         chat_template(write_gguf(tmp_path / "b.gguf", {}))
 
 
-@pytest.mark.parametrize(
-    "said",
-    [
-        {},
-        {"chat_template": None},
-        {"chat_template": 7},
-        {"chat_template": [{"name": "tool_use", "template": "T"}]},
-        {"chat_template": ["T"]},
-        {"chat_template": [{"name": "default", "template": 7}]},
-    ],
-)
+NONE = [None, 7, ["T"], [named("tool_use", "T")], [named("default", 7)]]
+
+
+@pytest.mark.parametrize("said", [{}, *({"chat_template": x} for x in NONE)])
 def test_a_model_without_a_template_does_not_talk(said, tmp_path):
-    path = folder(tmp_path, tokenizer_config_json=said)
+    path = folder(tmp_path, **said)
     refused("has no chat template.*llmnb generate", chat_template, path)
-
-
-def test_a_template_that_is_no_text_is_refused(tmp_path):
-    (folder(tmp_path) / "chat_template.jinja").write_bytes(b"\xff\xfe")
-    refused("chat_template.jinja", chat_template, tmp_path)
