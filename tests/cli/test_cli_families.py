@@ -41,8 +41,8 @@ def test_every_family_is_tuned_measured_and_writes(
 
 
 @pytest.mark.parametrize("begins", [True, False])
-def test_a_prompt_begins_as_the_tokenizer_says(
-    llmnb, tmp_path, begins, monkeypatch
+def test_a_prompt_and_a_text_begin_as_the_tokenizer_says(
+    done, tmp_path, text, begins, monkeypatch
 ):
     hub = write_llama(tmp_path / "hub", begins=begins)
     encoding, seen = open_encoding(hub), []
@@ -54,24 +54,17 @@ def test_a_prompt_begins_as_the_tokenizer_says(
 
     monkeypatch.setattr(command, "generate_samples", watched)
     for prompt in ("the low", ""):
-        llmnb("generate", hub, "--prompt", prompt, "--tokens", 3)
+        done("generate", hub, "--prompt", prompt, "--tokens", 3)
     low = encoding.encode_ordinary("the low")
     assert seen == ([[0, *low], [0]] if begins else [low, [1]])
-
-
-@pytest.mark.parametrize("begins", [True, False])
-def test_eval_pays_for_the_text_and_not_for_its_start(
-    done, tmp_path, text, begins
-):
-    hub = write_llama(tmp_path / "hub", begins=begins)
+    # eval pays for the text and not for its start
     out = done("eval", hub, "--text", text)
     model = GPT2.from_checkpoint(hub, 1, 32)
-    score = score_text(model, open_encoding(hub), TEXT * 9)
+    score = score_text(model, encoding, TEXT * 9)
     assert f"{score.loss:.4f} nats a token" in out
-    assert f"tokens     {score.tokens:,}, context 32" in out
+    tokens = len(encoding.encode_ordinary(TEXT * 9))
+    assert f"tokens     {tokens:,}, context 32" in out
     assert f"{len(TEXT) * 9:,} bytes" in out
-    tokens = len(open_encoding(hub).encode_ordinary(TEXT * 9))
-    assert score.tokens == tokens
 
 
 def test_shards_keep_another_models_tokenizer(done, tmp_path, text):

@@ -14,8 +14,10 @@ from commands import TINY, interrupt
 from runs import PLAIN
 
 from llmnb.cli import train as train_command
+from llmnb.train.folder import run_folder
 from llmnb.train.newest import new_folder, newest_run, note_newest
 from llmnb.train.options import TrainConfig
+from llmnb.train.run import begin, follow
 
 
 def aged(folder, seconds):
@@ -36,18 +38,18 @@ def two_runs(llmnb, tmp_path):
 
 def newest(llmnb, warned=False):
     """The run that each command takes when none is named."""
-    code, out, err = llmnb("train", "--resume")
-    assert code == 0
-    assert ("warning: which of the" in err) == warned
-    found = [re.search("^folder +(.*)", out, re.M)[1]]
-    code, _, err = llmnb("generate", "--tokens", 3)
-    assert code == 0
-    found.append(re.search("model: (.*)", err)[1])
     Path("text.txt").write_text("spam and eggs, " * 30)
-    code, out, _ = llmnb("eval", "--text", "text.txt")
-    assert code == 0
-    found.append(re.search("^model +(.*)", out, re.M)[1])
-    found = [Path(x).relative_to("runs").parts[0] for x in found]
+    found = []
+    for command, names in (
+        ("train --resume", "^folder +(.*)"),
+        ("generate --tokens 3", "^model: (.*)"),
+        ("eval --text text.txt", "^model +(.*)"),
+    ):
+        code, out, err = llmnb(*command.split())
+        assert code == 0
+        assert ("warning: which of the" in err) == (warned and not found)
+        (name,) = re.findall(names, out + err, re.M)
+        found.append(Path(name).relative_to("runs").parts[0])
     assert len({*found}) == 1, found
     return found[0]
 
@@ -70,21 +72,16 @@ def test_the_newest_run_of_a_copy(llmnb, two_runs, tmp_path, monkeypatch):
 
 def test_the_newest_run_is_the_one_that_saved_last(llmnb, tmp_path):
     """Whichever was begun or ended first."""
-    from llmnb.train.folder import run_folder
-    from llmnb.train.run import begin, follow
-
-    def run(name):
-        made = begin(run_folder(f"runs/{name}"), config)
-        note_newest(made)
-        return made
 
     def follow_to_the_end(run):
         args = argparse.Namespace(tensorboard=False)
         train_command._follow(run, args, train_command._Stop())
 
     config = replace(PLAIN, limit=30000, steps=6, save_every=3, eval_every=4)
-    first = run("first")
-    second = run("second")
+    names = "first", "second"
+    first, second = (begin(run_folder(f"runs/{x}"), config) for x in names)
+    for run in (first, second):
+        note_newest(run)
     follow_to_the_end(second)
     assert newest_run("config.json").name == "second"
     for _ in follow(first):
