@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 from commands import BYTES
-from fuzz import refused
+from fuzz import header, refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -74,6 +74,12 @@ def lines_of(path, sentences=SENTENCES):
     return path
 
 
+@pytest.fixture
+def examples(tmp_path):
+    path = lines_of(tmp_path / "a.jsonl")
+    return read_examples_json(path, tokenizer.byte())
+
+
 # rows and windows
 
 
@@ -136,6 +142,9 @@ def test_the_score_of_a_text():
     got = score_pieces(model, encoding, parted, endoftext=True)
     assert got == score_text(model, encoding, ["one", "two"])
     assert got.bytes == 6 and got.tokens == 6
+    for none in ([], "", ["", ""]):
+        with pytest.raises(ValueError, match="there is no text to score"):
+            score_text(model, encoding, none)
 
 
 def test_a_uniform_model_over_bytes_pays_eight_bits_and_a_little():
@@ -146,19 +155,11 @@ def test_a_uniform_model_over_bytes_pays_eight_bits_and_a_little():
     assert Score(8.0, 4, 10).bits_per_byte == Score(8.0, 2, 10).bits_per_byte
 
 
-@pytest.mark.parametrize("texts", [[], "", ["", ""]])
-def test_no_text(texts):
-    with pytest.raises(ValueError, match="there is no text to score"):
-        score_text(model_of(1, 8), tokenizer.byte(), texts)
-
-
 # multiple choice
 
 
 @pytest.mark.parametrize("batch_size", [1, 4, 8])
-def test_choices(tmp_path, batch_size):
-    path = lines_of(tmp_path / "a.jsonl")
-    examples = read_examples_json(path, tokenizer.byte())
+def test_choices(examples, batch_size):
     assert examples[1].context.tolist() == [*SENTENCES[1][0].encode()]
     assert examples[1].endings[2].tolist() == [*b" cat"]
     assert longest_row(examples[0]) == len(SENTENCES[0][0]) + 18
@@ -203,29 +204,24 @@ def test_a_row_that_is_too_long_loses_its_beginning(context, ending):
 
 
 @pytest.fixture
-def binary(tmp_path):
-    path = lines_of(tmp_path / "a.jsonl")
-    examples = read_examples_json(path, tokenizer.byte())
+def binary(tmp_path, examples):
+    """The path of a file of llm.c's, and the file's bytes."""
     write_examples(tmp_path / "a.bin", examples)
-    return tmp_path / "a.bin", examples
+    return tmp_path / "a.bin", (tmp_path / "a.bin").read_bytes()
 
 
-def test_the_format_is_llm_c_s(binary):
-    path, examples = binary
-    raw = path.read_bytes()
+def test_the_format_is_llm_c_s(binary, examples):
+    path, raw = binary
     blocks = []
     for i, x in enumerate(examples):
         body = [i, x.label, 4, len(x.context), *x.context]
         for ending in x.endings:
             body += [len(ending), *ending]
         blocks.append([65535, 2 * len(body) + 4, *body])
-    header = [20240522, 1, 3, 2 * max(map(len, blocks))] + [0] * 252
-    want = b"".join(n.to_bytes(4, "little") for n in header)
-    want += b"".join(int(n).to_bytes(2, "little") for b in blocks for n in b)
+    want = header(20240522, 1, 3, 2 * max(map(len, blocks)))
+    want += b"".join(np.array(x, "<u2").tobytes() for x in blocks)
     assert raw == want
-    again = read_examples(path)
-    assert len(again) == 3
-    for a, b in zip(examples, again, strict=True):
+    for a, b in zip(examples, read_examples(path), strict=True):
         assert a.label == b.label and np.array_equal(a.context, b.context)
         assert all(map(np.array_equal, a.endings, b.endings))
 
@@ -257,8 +253,8 @@ def changed(raw, place, value, size):
     ],
 )
 def test_bad_files(binary, change, message):
-    path, _ = binary
-    path.write_bytes(change(path.read_bytes()))
+    path, raw = binary
+    path.write_bytes(change(raw))
     refused(message, read_examples, path)
 
 
@@ -309,21 +305,18 @@ def test_examples_that_cannot_be_written(tmp_path, examples, message):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
+@np.errstate(all="ignore")
 def test_a_loss_that_is_no_number_gets_no_score(value):
     """Neither a perplexity nor an accuracy, which argmin would find."""
     model, encoding = model_of(4, 48), tokenizer.byte()
     model.params["lnfb"][3] = value
     example = Example(np.array([1, 2]), [np.array([3, 4])] * 4, 0)
-    rows = [np.arange(9)]
     for score in (
-        lambda: list(row_losses(model, rows)),
+        lambda: list(row_losses(model, [np.arange(9)])),
         lambda: list(choices_of(model, [example])),
         lambda: score_text(model, encoding, "some text"),
     ):
-        with (
-            np.errstate(all="ignore"),
-            pytest.raises(FloatingPointError, match="loss of a token is nan"),
-        ):
+        with pytest.raises(FloatingPointError, match="loss of a token is nan"):
             score()
 
 
@@ -353,10 +346,7 @@ def test_eval_text(saved, llmnb):
     assert again.splitlines()[3:] == first.splitlines()[3:]
 
 
-def test_eval_hellaswag(saved, llmnb):
-    lines_of(saved / "a.jsonl")
-    examples = read_examples_json(saved / "a.jsonl", tokenizer.byte())
-    write_examples(saved / "a.bin", examples)
+def test_eval_hellaswag(saved, llmnb, binary, examples):
     one, two = (
         llmnb("eval", "m.bin", *BYTES, "--hellaswag", name)[1].splitlines()[2:]
         for name in ("a.bin", "a.jsonl")
@@ -368,9 +358,9 @@ def test_eval_hellaswag(saved, llmnb):
 
 
 def test_eval_says_what_it_left_out(saved, llmnb):
-    lines = lines_of(saved / "a.jsonl").read_text()
-    long = json.dumps({"ctx": "x" * 99, "endings": ["y"] * 4, "label": 2})
-    (saved / "a.jsonl").write_text(f"{lines}\n{long}\n[]")
+    long = "x" * 99, ["y"] * 4, 2
+    with open(lines_of(saved / "a.jsonl", [*SENTENCES, long]), "a") as file:
+        file.write("\n[]")
     ask = "eval", "m.bin", *BYTES, "--skip-bad"
     passed = "passed over: bad records 1"
     cut = f"4 examples, 1 cut on the left to 48 tokens; {passed}\n"

@@ -52,12 +52,9 @@ def corpus(tmp_path, read_files):
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_resumed_run_of_every_family_is_the_straight_run(
-    tmp_path, family, backend
-):
-    shape = {"num_kv_heads": FAMILIES[family]["num_kv_heads"]}
-    if "window" in FAMILIES[family]:
-        shape["window"] = FAMILIES[family]["window"]
+def test_a_resumed_run_is_the_straight_run(tmp_path, family, backend):
+    known = FAMILIES[family].items()
+    shape = {k: x for k, x in known if k in ("num_kv_heads", "window")}
     config = replace(TINY, arch=family, backend=backend, **shape)
     assert config.micro_batches == 2
     run, want = cut_and_resumed(tmp_path, 8, config)
@@ -83,6 +80,8 @@ def test_a_family_is_tuned_with_its_own_tokenizer(
     assert config.num_kv_heads == cfg.num_kv_heads
     assert config.window == (cfg.window or 0)
     run = begin(run_folder(tmp_path / "a"), config)
+    said = json.loads((run.folder / "config.json").read_text())["config"]
+    assert (said["arch"], said["init"]) == (family, str(init))
     start = GPT2.from_checkpoint(init, 2, 8, "reference")
     assert run.model.cfg == start.cfg
     assert np.array_equal(weights(run), start.memory.flat("params"))
@@ -102,19 +101,19 @@ def test_a_family_is_tuned_with_its_own_tokenizer(
 
 def test_options_that_contradict_the_checkpoint(tmp_path):
     init = write_llama(tmp_path / "hub")
-    for wrong, says in (
-        ({"arch": "mistral"}, "hub has arch llama, not mistral"),
-        ({"num_kv_heads": 2}, "hub has num_kv_heads 1, not 2"),
-        ({"channels": 32}, "hub has channels 16, not 32"),
-    ):
+    for name, here, asked in (
+        ("arch", "llama", "mistral"), ("num_kv_heads", 1, 2),
+        ("channels", 16, 32),
+    ):  # fmt: skip
+        says = f"hub has {name} {here}, not {asked}"
         with pytest.raises(ValueError, match=says):
-            starting_from(init, **wrong)
+            starting_from(init, **{name: asked})
 
 
 @pytest.mark.parametrize("begins", [True, False])
 def test_documents_begin_as_the_tokenizer_says(tmp_path, begins):
-    write_json(tmp_path, begins)
-    encoding = open_encoding(tmp_path)
+    init = write_llama(tmp_path / "hub", begins=begins)
+    encoding = open_encoding(init)
     want = [1, 0] if begins else [1]  # the end of what was before, a begin
     assert document_start(encoding) == want
     assert text_start(encoding) == want[-1]
@@ -125,36 +124,23 @@ def test_documents_begin_as_the_tokenizer_says(tmp_path, begins):
     assert one.tolist() == tokens.tolist()
     gpt2s = tokenizer.byte()
     assert document_start(gpt2s) == [256] == [text_start(gpt2s)]
-
-
-def test_a_foreign_tokenizer_takes_long_blanks(tmp_path):
-    write_json(tmp_path)
-    encoding = open_encoding(tmp_path)
-    text = "low" + " " * 100_000 + "new\n" * 3
+    text = "low" + " " * 100_000 + "new\n" * 3  # a long blank
     ids = tokenizer.encode_text(encoding, text)
     assert ids.tolist() == encoding.encode_ordinary(text)
     assert encoding.decode(ids.tolist()) == text
-
-
-@pytest.mark.parametrize("begins", [True, False])
-def test_a_text_is_scored_behind_its_start(tmp_path, begins):
-    init = write_llama(tmp_path / "hub", begins=begins)
+    # a text is scored behind its start
     model = GPT2.from_checkpoint(init, 1, 32, "reference", "fp64")
-    encoding = open_encoding(init)
-    ids = [0 if begins else 1, *encoding.encode_ordinary("the lowest tower")]
+    ids = [want[-1], *encoding.encode_ordinary("the lowest tower")]
     score = score_text(model, encoding, "the lowest tower")
     losses = np.concatenate([*text_losses(model, np.array(ids))])
     assert (score.tokens, score.bytes) == (len(ids) - 1, 16)
     assert score.nats == losses.sum()
 
 
-def test_a_run_in_a_folder_in_use_has_its_own_tokenizer_and_model(
-    tmp_path, corpus
-):
-    plain = TrainConfig(
-        num_layers=1, num_heads=2, channels=16, tokenizer="byte", **QUICK,
-        **corpus,
-    )  # fmt: skip
+def test_a_run_in_a_folder_in_use_has_its_own_files(tmp_path, corpus):
+    """A model and a tokenizer, and none of those that were there."""
+    shape = {"num_layers": 1, "num_heads": 2, "channels": 16}
+    plain = TrainConfig(tokenizer="byte", **shape, **QUICK, **corpus)
     finish(straight(tmp_path / "a", plain)[0])
     assert weights_path(tmp_path / "a").name == "model.bin"
     tuned = starting_from(write_llama(tmp_path / "hub"), **QUICK, **corpus)
@@ -170,16 +156,6 @@ def test_a_run_in_a_folder_in_use_has_its_own_tokenizer_and_model(
         assert not gone & {x.name for x in run.folder.iterdir()}
 
 
-def test_a_folder_with_another_tokenizer_is_not_written_over(tmp_path):
-    write_json(tmp_path)
-    encoding = open_encoding(tmp_path)
-    (tmp_path / "b").mkdir()
-    (tmp_path / "b" / "vocab.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"vocab\.json: is of another token"):
-        keep_encoding(encoding, tmp_path / "b")
-    assert (tmp_path / "b" / "vocab.json").read_text() == "{}"
-
-
 def test_a_json_of_gpt2s_kind_with_other_ends_stays_what_it_is(tmp_path):
     """One that ends texts with a token of its own is not GPT-2's."""
     library = pytest.importorskip("tokenizers")
@@ -189,10 +165,17 @@ def test_a_json_of_gpt2s_kind_with_other_ends_stays_what_it_is(tmp_path):
     whole.save(str(tmp_path / "tokenizer.json"))
     encoding = open_encoding(tmp_path)
     assert isinstance(encoding, Foreign) and encoding.eot_token == 1
-    (tmp_path / "kept").mkdir()
-    keep_encoding(encoding, tmp_path / "kept")
-    again = open_encoding(tmp_path / "kept")
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    keep_encoding(encoding, kept)
+    again = open_encoding(kept)
     assert isinstance(again, Foreign) and again.eot_token == 1
+    # and a folder with another tokenizer is not written over
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "vocab.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"vocab\.json: is of another token"):
+        keep_encoding(encoding, tmp_path / "b")
+    assert (tmp_path / "b" / "vocab.json").read_text() == "{}"
 
 
 # more tokens than two bytes can number
@@ -200,50 +183,30 @@ def test_a_json_of_gpt2s_kind_with_other_ends_stays_what_it_is(tmp_path):
 LARGE = {"num_layers": 1, "num_heads": 2, "channels": 8} | QUICK
 
 
-def large_shards(folder):
-    """Shards of a text in 70,000 tokens, and its tokenizer."""
-    folder.mkdir()
-    tokens = encode_documents(large_encoding(), [LETTERS])
-    write_shard(folder / "val.bin", tokens[:800], 70_000)
-    write_shard(folder / "train.bin", tokens[800:], 70_000)
-    tokenizer.save(large_encoding(), folder / "tokenizer.tiktoken")
-    return folder
-
-
-def test_a_run_of_a_large_vocabulary_goes_on_from_shards(tmp_path, read_files):
-    shards = large_shards(tmp_path / "shards")
-    assert read_shard(shards / "val.bin").max() > 65_536
-    config = TrainConfig(**LARGE, shards=str(shards), arch="llama")
-    run, _ = cut_and_resumed(tmp_path, 3, config)
+def test_a_run_of_a_large_vocabulary_goes_on(tmp_path, read_files):
+    """From shards, and from the same text in memory."""
+    text, shards = tmp_path / "a.txt", tmp_path / "shards"
+    text.write_text(LETTERS)
+    shards.mkdir()
+    tokenizer.save(large_encoding(), shards / "tokenizer.tiktoken")
+    named = {"tokenizer": str(shards / "tokenizer.tiktoken")}
+    config = TrainConfig(**LARGE, **named, corpus=(str(text),))
+    data = prepare(config)
+    assert data.train_tokens.dtype == np.uint32
+    assert data.val_tokens.max() > 65_536
+    write_shard(shards / "val.bin", data.val_tokens, 70_000)
+    write_shard(shards / "train.bin", data.train_tokens, 70_000)
+    other = TrainConfig(**LARGE, shards=str(shards), arch="llama")
+    run, _ = cut_and_resumed(tmp_path, 3, other)
     assert run.model.cfg.vocab_size == 70_000
     assert all(np.isfinite(x) for x in run.at.losses)
 
-
-def test_a_corpus_of_a_large_vocabulary_is_its_shards(tmp_path, read_files):
-    """The text of a run is the same in shards and in memory."""
-    shards = large_shards(tmp_path / "shards")
-    (tmp_path / "a.txt").write_text(LETTERS)
-    named = {"tokenizer": str(shards / "tokenizer.tiktoken")}
-    named["corpus"] = (str(tmp_path / "a.txt"),)
-    config = TrainConfig(**LARGE, **named)
-    data = prepare(config)
-    write_shard(shards / "val.bin", data.val_tokens, 70_000)
-    write_shard(shards / "train.bin", data.train_tokens, 70_000)
-    assert data.train_tokens.dtype == np.uint32
-    cut(tmp_path / "a", 3, config)
-    run, warnings = resume(tmp_path / "a", shards=str(shards))
+    cut(tmp_path / "c", 3, config)
+    run, warnings = resume(tmp_path / "c", shards=str(shards))
     assert warnings == []
     tokens = read_shard(shards / "train.bin").copy()
     tokens[-1] ^= 65_536  # what two bytes do not show
     write_shard(shards / "train.bin", tokens, 2**31)
     run.lock.release()
     with pytest.raises(ValueError, match="not the one it began with"):
-        resume(tmp_path / "a", shards=str(shards))
-
-
-def test_the_record_of_a_run_names_its_architecture(tmp_path, corpus):
-    init = write_llama(tmp_path / "hub", "gemma3_text")
-    run = cut(tmp_path / "a", 0, starting_from(init, **corpus, **QUICK))
-    said = json.loads((tmp_path / "a" / "config.json").read_text())["config"]
-    assert said["arch"] == "gemma3_text" and said["init"] == str(init)
-    run.lock.release()
+        resume(tmp_path / "c", shards=str(shards))

@@ -56,10 +56,8 @@ def test_what_waits_and_what_is_sent():
     for size in (1, 300, 256 * 64, 10**6 + 7):
         for ranks in (1, 2, 3, 7, 256):
             spans = shards(size, ranks)
-            assert spans[0][0] == 0 and spans[-1][1] == size
-            assert all(
-                a[1] == b[0] for a, b in zip(spans, spans[1:], strict=False)
-            )
+            starts, ends = zip(*spans, strict=True)
+            assert (*starts, size) == (0, *ends)
     with pytest.raises(ValueError, match="at most 256 ranks, got 257"):
         shards(1000, 257)
 
@@ -76,17 +74,22 @@ def test_a_loader_passes_over_what_others_read():
 # the same bits
 
 
+def begun(group, folder, config):
+    """A run that a rank of a group begins in a new folder."""
+    if group.first:
+        run_folder(folder)
+    group.gather("the folder is there")
+    return begin(folder, config, group)
+
+
 def together(size, folder, steps=None, again=False):
     """A run of so many ranks: its weights and its steps, of each."""
 
     def work(group):
-        if group.first and not again:
-            run_folder(folder)
-        group.gather("the folder is there")
         if again:
             run, _ = resume(folder, group)
         else:
-            run = begin(folder, RUN, group)
+            run = begun(group, folder, RUN)
         found = list(islice(follow(run), steps))
         if steps is None:
             finish(run)
@@ -134,10 +137,6 @@ def test_another_number_goes_on(one, tmp_path):
     assert kept(tmp_path / "a") == kept(one[0])
 
 
-def test_a_group_of_one_is_a_plain_model():
-    assert type(new_model(RUN, 257, ALONE)) is GPT2
-
-
 # what it takes
 
 
@@ -145,6 +144,7 @@ def test_a_rank_holds_its_part_of_the_averages():
     def sizes(group):
         return new_model(RUN, 257, group).memory.sizes()
 
+    assert type(new_model(RUN, 257, ALONE)) is GPT2, "alone it holds all"
     whole = sizes(ALONE)
     parts = rehearse(4, sizes)
     for kind in ("m", "v"):
@@ -218,27 +218,24 @@ def test_an_exchange_in_many_parts(monkeypatch):
 # what is refused
 
 
-def refused(size, config, folder, **where):
+@pytest.mark.parametrize(
+    ("size", "changes", "says"),
+    [
+        (5, lambda _: {},
+         r"be a multiple of 160 tokens \(5 batches of 32\), got 384"),
+        (2, lambda rank: {"seed": 42 + rank},
+         "^rank 1 has another seed than rank 0: 43, not 42$"),
+        (2, lambda _: {"backend": "reference"},
+         "backend must be one of 'cpu', got 'reference'"),
+    ],
+)  # fmt: skip
+def test_what_does_not_go_together(tmp_path, size, changes, says):
     def work(group):
-        changed = replace(config, **where.get(str(group.rank), {}))
-        if group.first:
-            run_folder(folder)
-        group.gather("there")
-        return begin(folder, changed, group)
+        begun(group, tmp_path / "a", replace(RUN, **changes(group.rank)))
 
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=says):
         rehearse(size, work)
-    assert not [x for x in folder.iterdir() if x.name != ".lock"]
-    return str(error.value)
-
-
-def test_what_does_not_go_together(tmp_path):
-    said = refused(5, RUN, tmp_path / "a")
-    assert "be a multiple of 160 tokens (5 batches of 32), got 384" in said
-    said = refused(2, RUN, tmp_path / "b", **{"1": {"seed": 43}})
-    assert said == "rank 1 has another seed than rank 0: 43, not 42"
-    said = refused(2, replace(RUN, backend="reference"), tmp_path / "c")
-    assert "backend must be one of 'cpu', got 'reference'" in said
+    assert not [x for x in (tmp_path / "a").iterdir() if x.name != ".lock"]
 
 
 def test_a_long_fact_is_cut_to_what_differs():

@@ -9,8 +9,7 @@ from itertools import islice
 import numpy as np
 import pytest
 from curve import CURVE, recorded_batches, recorded_curve
-from fuzz import refused
-from hypothesis import given, settings
+from fuzz import fuzzed, refused
 from hypothesis import strategies as st
 from problems import assert_threads_change_no_bit
 from runs import PLAIN
@@ -85,12 +84,10 @@ def test_config_refuses(wrong, message):
         TrainConfig(**wrong)
 
 
-def test_a_corpus_alone_is_one(tmp_path):
+def test_config(tmp_path):
+    """Its rates, and that a corpus alone is one."""
     for one in (str(tmp_path), tmp_path):
         assert TrainConfig(corpus=one).corpus == (one,)
-
-
-def test_config_rates():
     config = TrainConfig(steps=100, learning_rate=1.0, warmup_fraction=0.1)
     rates = [config.rate(s) for s in range(100)]
     assert rates[0] == pytest.approx(0.1)
@@ -99,20 +96,22 @@ def test_config_rates():
     assert config.rate(100) == pytest.approx(0.1)
 
 
-@pytest.mark.parametrize(
-    ("depth", "channels"),
-    [(1, 64), (4, 256), (6, 384), (8, 512), (12, 768), (13, 832), (18, 896),
-     (24, 1024), (36, 1280), (42, 1472), (48, 1600)],
-)  # fmt: skip
-def test_depth(depth, channels):
-    assert depth_shape(depth) == (depth, channels // 64, channels)
-    config = TrainConfig(depth=depth)
-    shape = config.num_layers, config.num_heads, config.channels
-    assert shape == depth_shape(depth)
-    assert TrainConfig(**asdict(config)) == config
-    shapes = [depth_shape(x) for x in range(1, 49)]
-    assert [x[2] for x in shapes] == sorted(x[2] for x in shapes)
-    assert all(c == 64 * heads for _, heads, c in shapes)
+CHANNELS = {
+    1: 64, 4: 256, 6: 384, 8: 512, 12: 768, 13: 832, 18: 896, 24: 1024,
+    36: 1280, 42: 1472, 48: 1600,
+}  # fmt: skip
+
+
+def test_depth():
+    shapes = {depth: depth_shape(depth) for depth in range(1, 49)}
+    channels = {depth: x for depth, (_, _, x) in shapes.items()}
+    assert CHANNELS.items() <= channels.items()
+    assert [*channels.values()] == sorted(channels.values())
+    for depth, shape in shapes.items():
+        assert shape == (depth, channels[depth] // 64, channels[depth])
+        config = TrainConfig(depth=depth)
+        assert (config.num_layers, config.num_heads, config.channels) == shape
+        assert TrainConfig(**asdict(config)) == config
 
 
 # landmarks
@@ -206,7 +205,7 @@ def test_prepare_many_shards(tmp_path, monkeypatch):
         loaders(config, prepare(replace(config, tokenizer="byte")))
 
 
-def test_make_encoding_learns_from_the_beginning(monkeypatch):
+def test_an_encoding_learns_from_the_beginning(monkeypatch):
     monkeypatch.setattr("llmnb.train.feed.TOKENIZER_TEXT", 100)
     config = replace(PLAIN, tokenizer="bpe", vocab_size=258)
     encoding = make_encoding(config, ["ab " * 33 + "9", "xy " * 1000])
@@ -406,30 +405,26 @@ def test_starting_from_a_file(tmp_path):
     refused("some.bin", starting_from, tmp_path / "some.bin")
 
 
-# clipping and divergence
+# divergence
 
 
+@np.errstate(all="ignore")
 def test_diverging_stops_with_one_error():
     config = replace(PLAIN, learning_rate=1e30, clip=0.0, steps=50)
-    with (
-        np.errstate(all="ignore"),
-        pytest.raises(FloatingPointError, match=r"is (nan|inf) at step \d+"),
-    ):
+    with pytest.raises(FloatingPointError, match=r"is (nan|inf) at step \d+"):
         tiny_run(config)
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
+@np.errstate(all="ignore")
 def test_bad_weights_are_noticed_before_the_update(backend):
     config = replace(PLAIN, backend=backend)
     model = new_model(config, 257)
     model.params["wte"][ord("i")] = np.nan
     before = model.memory.flat("params").copy()
-    x, y = loaders(config, tiny_data())[0].next_batch()
-    with (
-        np.errstate(all="ignore"),
-        pytest.raises(FloatingPointError, match="loss is nan at step 3"),
-    ):
-        train_step(config, model, Same(x, y), Progress(step=3))
+    batches = loaders(config, tiny_data())[0]
+    with pytest.raises(FloatingPointError, match="loss is nan at step 3"):
+        train_step(config, model, batches, Progress(step=3))
     after = model.memory.flat("params")
     assert np.array_equal(before, after, equal_nan=True)
 
@@ -514,8 +509,7 @@ def test_a_damaged_configuration(tmp_path, text, why):
     refused("config.json: must have at most", read_run, tmp_path)
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
-@given(st.data())
+@fuzzed(300, derandomize=True)
 def test_any_configuration(tmp_path_factory, data):
     """A changed value, or changed bytes: a configuration or one error."""
     found = {"config": json.loads(json.dumps(asdict(PLAIN)))}

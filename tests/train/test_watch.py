@@ -85,9 +85,7 @@ def test_names_that_are_no_line_of_text(log, capsys):
     rows = run_table(logs)
     assert len(rows) == 1 + len(logs) and not any("\n" in x for x in rows)
     assert rows[6].startswith("two lines ")
-
-
-def test_titles_are_taken_literally():
+    # and titles are taken literally
     layer = {"name": "gelu_forward", "calls": 1, "seconds": 1.0}
     row = {"name": "llmnb", "layers": [layer]}
     result = {"contests": [{"name": "$a_^$", "contestants": [row]}]}
@@ -131,9 +129,8 @@ def test_the_command(log, llmnb):
 
 
 def test_events_for_tensorboard(tmp_path):
-    events = pytest.importorskip(
-        "tensorboard.backend.event_processing.event_accumulator"
-    )
+    within = "tensorboard.backend.event_processing"
+    events = pytest.importorskip(f"{within}.event_accumulator")
     board = Board(tmp_path)
     board.write(0, {"loss": 6.5, "val_loss": None})
     board.write(1, {"loss": 6.25, "val_loss": 6.0})
