@@ -9,20 +9,17 @@ from llmnb.config import GPT2Config
 from llmnb.model.gpt2 import GPT2
 
 
-@pytest.mark.parametrize(
-    ("command", "says"),
-    [
-        ("train --out new " + TINY, "a smaller batch_size, seq_len or model"),
-        ("train --out new --init {run} --limit 9999", "a smaller batch_size"),
-        ("train --resume {run} --steps 9", "a smaller batch_size"),
-        ("train --out new --corpus big.txt", "made with `llmnb data`"),
-        ("train --out new --corpus .", "made with `llmnb data`"),
-        ("generate {run}", "fewer or shorter texts"),
-        ("generate {run} --backend reference", "a smaller batch_size"),
-        ("eval {run} --text big.txt", "a smaller batch_size"),
-        ("bench --steps 1 --turn 0 " + SMALL, "fewer precisions"),
-    ],
-)
+@pytest.mark.parametrize(("command", "says"), [
+    ("train --out new " + TINY, "a smaller batch_size, seq_len or model"),
+    ("train --out new --init {run} --limit 9999", "a smaller batch_size"),
+    ("train --resume {run} --steps 9", "a smaller batch_size"),
+    ("train --out new --corpus big.txt", "made with `llmnb data`"),
+    ("train --out new --corpus .", "made with `llmnb data`"),
+    ("generate {run}", "fewer or shorter texts"),
+    ("generate {run} --backend reference", "a smaller batch_size"),
+    ("eval {run} --text big.txt", "a smaller batch_size"),
+    ("bench --steps 1 --turn 0 " + SMALL, "fewer precisions"),
+])  # fmt: skip
 def test_too_little_memory_is_one_line(
     failed, trained, tmp_path, free, command, says
 ):

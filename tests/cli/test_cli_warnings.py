@@ -40,18 +40,15 @@ def test_without_matplotlib_a_run_is_kept(tmp_path, broken):
     assert names == [x for x in FILES if x != "loss.png"]
 
 
-@pytest.mark.parametrize(
-    ("what", "kind", "without"),
-    [
-        ("llmnb.cli.train._sample", ValueError, "sample.txt"),
-        ("llmnb.cli.train._keep_sample", MemoryError, "sample.txt"),
-        ("llmnb.train.run.read_steps", PermissionError, "log.csv"),
-        ("llmnb.train.run.save_figure", RuntimeError, "loss.png"),
-        ("llmnb.train.run.landmarks", OSError, "loss.png"),
-        ("llmnb.train.run.write_log", OSError, "log.csv"),
-        ("llmnb.cli.train.landmarks", OSError, "the landmarks"),
-    ],
-)
+@pytest.mark.parametrize(("what", "kind", "without"), [
+    ("llmnb.cli.train._sample", ValueError, "sample.txt"),
+    ("llmnb.cli.train._keep_sample", MemoryError, "sample.txt"),
+    ("llmnb.train.run.read_steps", PermissionError, "log.csv"),
+    ("llmnb.train.run.save_figure", RuntimeError, "loss.png"),
+    ("llmnb.train.run.landmarks", OSError, "loss.png"),
+    ("llmnb.train.run.write_log", OSError, "log.csv"),
+    ("llmnb.cli.train.landmarks", OSError, "the landmarks"),
+])  # fmt: skip
 def test_what_fails_after_training_is_a_warning(
     llmnb, tmp_path, monkeypatch, what, kind, without
 ):

@@ -72,18 +72,15 @@ def test_safetensors_are_hugging_faces(model, tmp_path):
         np.testing.assert_array_equal(got, want)
 
 
-@pytest.mark.parametrize(
-    ("index", "value", "says"),
-    [
-        (0, 1, "magic number must be 20240326, got 1"),
-        (1, 4, "version must be 3 or 5, got 4"),
-        (2, 0, "max_seq_len must be a positive integer, got 0"),
-        (4, 3, "size for this model must be"),
-        (5, 4, "multiple of num_heads"),
-        (7, 131, "padded vocabulary must be 256, got 131"),
-        (4, 2**31 - 1, "size for this model must be"),
-    ],
-)
+@pytest.mark.parametrize(("index", "value", "says"), [
+    (0, 1, "magic number must be 20240326, got 1"),
+    (1, 4, "version must be 3 or 5, got 4"),
+    (2, 0, "max_seq_len must be a positive integer, got 0"),
+    (4, 3, "size for this model must be"),
+    (5, 4, "multiple of num_heads"),
+    (7, 131, "padded vocabulary must be 256, got 131"),
+    (4, 2**31 - 1, "size for this model must be"),
+])  # fmt: skip
 def test_a_bad_header_is_refused(saved, index, value, says):
     put_number(saved, 4 * index, value)
     refused(f"model.bin: .*{says}", GPT2.from_checkpoint, saved, 1, 5)
@@ -297,20 +294,17 @@ def put(name, shape, kind="f4"):
     return lambda tensors: tensors.update({name: np.ones(shape, kind)})
 
 
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        (drop("wte.weight"), "no GPT-2, it has no tensor wte.weight"),
-        (drop("h.1.attn.c_attn.bias"), "no tensor h.1.attn.c_attn.bias"),
-        (drop("h.0.ln_1.weight"), "num_layers must be a positive integer"),
-        (put("wpe.weight", 4), r"must be a matrix, got \(4,\)"),
-        (put("h.1.mlp.c_fc.weight", (60, 15)), r"be \(15, 60\), got \(60, 15"),
-        (put("ln_f.bias", 15, "i4"), "must be a float, got I32"),
-        (put("score.weight", 3), "no tensor score.weight"),
-        (put("transformer.ln_f.bias", 15), "ln_f.bias comes twice"),
-        (put("lm_head.weight", (131, 15)), "head.weight must equal wte.weigh"),
-    ],
-)
+@pytest.mark.parametrize(("change", "says"), [
+    (drop("wte.weight"), "no GPT-2, it has no tensor wte.weight"),
+    (drop("h.1.attn.c_attn.bias"), "no tensor h.1.attn.c_attn.bias"),
+    (drop("h.0.ln_1.weight"), "num_layers must be a positive integer"),
+    (put("wpe.weight", 4), r"must be a matrix, got \(4,\)"),
+    (put("h.1.mlp.c_fc.weight", (60, 15)), r"be \(15, 60\), got \(60, 15"),
+    (put("ln_f.bias", 15, "i4"), "must be a float, got I32"),
+    (put("score.weight", 3), "no tensor score.weight"),
+    (put("transformer.ln_f.bias", 15), "ln_f.bias comes twice"),
+    (put("lm_head.weight", (131, 15)), "head.weight must equal wte.weigh"),
+])  # fmt: skip
 def test_tensors_that_make_no_gpt2(folder, change, says):
     tensors = tensors_of(folder)
     change(tensors)
@@ -318,23 +312,19 @@ def test_tensors_that_make_no_gpt2(folder, change, says):
     refused(f"model.safetensors: .*{says}", GPT2.from_checkpoint, folder, 1, 5)
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "says"),
-    [
-        ("n_head", 4, "channels must be a multiple of num_heads"),
-        ("n_head", "3", "num_heads must be a positive integer, got '3'"),
-        ("n_layer", 3, "n_layer is 3, where model.safetensors has 2"),
-        ("vocab_size", 256, "vocab_size is 256, where .* has 131"),
-        ("model_type", "mamba", "model_type is 'mamba', where known are gpt2"),
-        ("model_type", "llama", "has no tensor model.embed_tokens.weight"),
-        ("layer_norm_epsilon", 1e-6, "layer_norm_epsilon is 1e-06"),
-        ("scale_attn_by_inverse_layer_idx", True, "is True, where"),
-        ("activation_function", ["relu"], "is .'relu'., where"),
-        ("model_type", "x" * 500_000, "model_type is 'xxx"),
-        ("vocab_size", "x" * 500_000, "vocab_size is 'xxx"),
-    ],
-    ids=range(11),
-)
+@pytest.mark.parametrize(("name", "value", "says"), [
+    ("n_head", 4, "channels must be a multiple of num_heads"),
+    ("n_head", "3", "num_heads must be a positive integer, got '3'"),
+    ("n_layer", 3, "n_layer is 3, where model.safetensors has 2"),
+    ("vocab_size", 256, "vocab_size is 256, where .* has 131"),
+    ("model_type", "mamba", "model_type is 'mamba', where known are gpt2"),
+    ("model_type", "llama", "has no tensor model.embed_tokens.weight"),
+    ("layer_norm_epsilon", 1e-6, "layer_norm_epsilon is 1e-06"),
+    ("scale_attn_by_inverse_layer_idx", True, "is True, where"),
+    ("activation_function", ["relu"], "is .'relu'., where"),
+    ("model_type", "x" * 500_000, "model_type is 'xxx"),
+    ("vocab_size", "x" * 500_000, "vocab_size is 'xxx"),
+], ids=range(11))  # fmt: skip
 def test_a_config_that_does_not_fit(folder, name, value, says):
     rewrite(folder, tensors_of(folder))  # without our metadata
     describe(folder, **{name: value})
@@ -431,15 +421,12 @@ def test_a_flipped_bit_of_the_heads_is_seen(tmp_path):
 # folders of something else
 
 
-@pytest.mark.parametrize(
-    ("name", "write", "what"),
-    [
-        ("pytorch_model.bin", b"PK\x03\x04", "zip archive, as PyTorch"),
-        ("tf_model.h5", b"\x89HDF\r\n", "HDF5"),
-        ("ckpt.pt", b"\x80\x02\x8a\nl", "a pickle"),
-        ("train.bin", (20240520).to_bytes(4, "little"), "a shard of tokens"),
-    ],
-)
+@pytest.mark.parametrize(("name", "write", "what"), [
+    ("pytorch_model.bin", b"PK\x03\x04", "zip archive, as PyTorch"),
+    ("tf_model.h5", b"\x89HDF\r\n", "HDF5"),
+    ("ckpt.pt", b"\x80\x02\x8a\nl", "a pickle"),
+    ("train.bin", (20240520).to_bytes(4, "little"), "a shard of tokens"),
+])  # fmt: skip
 def test_a_folder_of_another_kind_says_so(tmp_path, name, write, what):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(FileNotFoundError, match="holds none of"):
@@ -479,14 +466,11 @@ def test_files_are_read_and_written_a_tensor_at_a_time(tmp_path, monkeypatch):
         assert peak(lambda x=path: open_model(x).read(model.params)) < limit
 
 
-@pytest.mark.parametrize(
-    ("name", "raw"),
-    [
-        ("config.json", b"[" + b"[]," * 700_000 + b"[]]"),
-        ("config.json", b'{"n_head": ' + b" " * (1 << 20) + b"3}"),
-        (published.INDEX, b'{"weight_map": {' + b'"a":"b",' * 300_000),
-    ],
-)
+@pytest.mark.parametrize(("name", "raw"), [
+    ("config.json", b"[" + b"[]," * 700_000 + b"[]]"),
+    ("config.json", b'{"n_head": ' + b" " * (1 << 20) + b"3}"),
+    (published.INDEX, b'{"weight_map": {' + b'"a":"b",' * 300_000),
+])  # fmt: skip
 def test_what_describes_a_model_is_small(folder, name, raw):
     (folder / name).write_bytes(raw)
     which = folder if name == "config.json" else folder / name

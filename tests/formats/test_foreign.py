@@ -145,15 +145,12 @@ def test_the_door_knows_all_kinds(theirs, tmp_path):
 NONE = "not a tokenizer"
 
 
-@pytest.mark.parametrize(
-    ("name", "raw", "says"),
-    [
-        ("json", b"", "empty file"), ("json", b"{}", NONE),
-        ("json", b"[1, 2]", NONE), ("json", b"\xff\xfe", NONE),
-        ("json", b"version https://git-lfs", "Git LFS pointer"),
-        ("model", b"", "empty"), ("model", b"no such thing", NONE),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("name", "raw", "says"), [
+    ("json", b"", "empty file"), ("json", b"{}", NONE),
+    ("json", b"[1, 2]", NONE), ("json", b"\xff\xfe", NONE),
+    ("json", b"version https://git-lfs", "Git LFS pointer"),
+    ("model", b"", "empty"), ("model", b"no such thing", NONE),
+])  # fmt: skip
 def test_what_is_no_tokenizer_is_refused(name, raw, says, tmp_path):
     if name == "model":
         pytest.importorskip("sentencepiece")
@@ -284,27 +281,24 @@ def twice(keys):
     keys["tokenizer.ggml.tokens"][-1] = keys["tokenizer.ggml.tokens"][-2]
 
 
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        (key("model", "llama"), "must be a byte-level BPE .* got 'llama'"),
-        (drop("model"), "got None"),
-        (key("pre", "tekken"), "got 'gpt2' and 'tekken'"),
-        (key("pre", 7), "and 7"),
-        (drop("tokens"), "not whole"),
-        (drop("merges"), "not whole"),
-        (key("tokens", "abc"), "not whole"),
-        (key("merges", ["a"]), "not whole"),
-        (key("merges", ["zz zz"]), "not whole"),
-        (key("token_type", [1, 1]), "not whole"),
-        (key("eos_token_id", 330), "token 330, which is none of 330"),
-        (drop("eos_token_id"), "token None"),
-        (key("eos_token_id", "2"), "token '2'"),
-        (begin(999), "not whole"),
-        (begin("1"), "not whole"),
-        (twice, "a token comes twice"),
-    ],
-)
+@pytest.mark.parametrize(("change", "says"), [
+    (key("model", "llama"), "must be a byte-level BPE .* got 'llama'"),
+    (drop("model"), "got None"),
+    (key("pre", "tekken"), "got 'gpt2' and 'tekken'"),
+    (key("pre", 7), "and 7"),
+    (drop("tokens"), "not whole"),
+    (drop("merges"), "not whole"),
+    (key("tokens", "abc"), "not whole"),
+    (key("merges", ["a"]), "not whole"),
+    (key("merges", ["zz zz"]), "not whole"),
+    (key("token_type", [1, 1]), "not whole"),
+    (key("eos_token_id", 330), "token 330, which is none of 330"),
+    (drop("eos_token_id"), "token None"),
+    (key("eos_token_id", "2"), "token '2'"),
+    (begin(999), "not whole"),
+    (begin("1"), "not whole"),
+    (twice, "a token comes twice"),
+])  # fmt: skip
 def test_tables_that_make_no_tokenizer_are_refused(
     change, says, theirs, tmp_path
 ):

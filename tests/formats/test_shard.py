@@ -34,13 +34,10 @@ def test_shard_is_written_and_read(tmp_path, tokens):
         got[0] = 1
 
 
-@pytest.mark.parametrize(
-    ("tokens", "numbers", "body", "dtype"),
-    [
-        ([258, 3, 5], (20240520, 1, 3), b"\2\1\3\0\5\0", np.uint16),
-        ([65536, 3], (20240801, 7, 2), b"\0\0\1\0\3\0\0\0", np.uint32),
-    ],
-)
+@pytest.mark.parametrize(("tokens", "numbers", "body", "dtype"), [
+    ([258, 3, 5], (20240520, 1, 3), b"\2\1\3\0\5\0", np.uint16),
+    ([65536, 3], (20240801, 7, 2), b"\0\0\1\0\3\0\0\0", np.uint32),
+])  # fmt: skip
 def test_shard_is_llm_c_format(tmp_path, tokens, numbers, body, dtype):
     path = tmp_path / "a.bin"
     write_shard(path, tokens)
@@ -88,17 +85,14 @@ def test_a_wide_shard_that_is_cut_short(tmp_path):
         loader.next_batch()
 
 
-@pytest.mark.parametrize(
-    "tokens, error, message",
-    [
-        ([], TypeError, "tokens must hold integers, got float64"),
-        (np.empty(0, int), ValueError, r"be 1 to 2147483647 .* got shape \(0"),
-        ([1, -1], ValueError, r"must lie in \[0, 2147483648\), got -1"),
-        ([1, 2**31], ValueError, r"must lie in .*\), got 2147483648"),
-        ([1.0], TypeError, "tokens must hold integers, got float64"),
-        ([[1]], ValueError, r"in one dimension, got shape \(1, 1\)"),
-    ],
-)
+@pytest.mark.parametrize("tokens, error, message", [
+    ([], TypeError, "tokens must hold integers, got float64"),
+    (np.empty(0, int), ValueError, r"be 1 to 2147483647 .* got shape \(0"),
+    ([1, -1], ValueError, r"must lie in \[0, 2147483648\), got -1"),
+    ([1, 2**31], ValueError, r"must lie in .*\), got 2147483648"),
+    ([1.0], TypeError, "tokens must hold integers, got float64"),
+    ([[1]], ValueError, r"in one dimension, got shape \(1, 1\)"),
+])  # fmt: skip
 def test_bad_tokens(tmp_path, tokens, error, message):
     write_shard(tmp_path / "a.bin", [7])
     with pytest.raises(error, match=message):
@@ -118,25 +112,22 @@ def wide(count, version=7):
 GOOD = shard(4)
 
 
-@pytest.mark.parametrize(
-    "raw, message",
-    [
-        (b"", "0 bytes are too few for a header of 1024"),
-        (GOOD[:1023], "1023 bytes are too few for a header of 1024"),
-        (shard(4, 1), "magic number must be 20240520, got 1"),
-        (shard(4, 20240326), "magic number .* got 20240326"),
-        (shard(4, version=2), "version must be 1, got 2"),
-        (shard(0), "token count must be positive, got 0"),
-        (shard(-4), "token count must be positive, got -4"),
-        (shard(5), "size for 5 tokens must be 1034 bytes, got 1032"),
-        (GOOD[:-1], "4 tokens must be 1032 bytes, got 1031"),
-        (GOOD + b"x", "4 tokens must be 1032 bytes, got 1033"),
-        (shard(2**31 - 1), "must be 4294968318 bytes, got 1032"),
-        (wide(2, 1), "version must be 7, got 1"),
-        (wide(0), "token count must be positive, got 0"),
-        (wide(3), "size for 3 tokens must be 1036 bytes, got 1032"),
-    ],
-)
+@pytest.mark.parametrize("raw, message", [
+    (b"", "0 bytes are too few for a header of 1024"),
+    (GOOD[:1023], "1023 bytes are too few for a header of 1024"),
+    (shard(4, 1), "magic number must be 20240520, got 1"),
+    (shard(4, 20240326), "magic number .* got 20240326"),
+    (shard(4, version=2), "version must be 1, got 2"),
+    (shard(0), "token count must be positive, got 0"),
+    (shard(-4), "token count must be positive, got -4"),
+    (shard(5), "size for 5 tokens must be 1034 bytes, got 1032"),
+    (GOOD[:-1], "4 tokens must be 1032 bytes, got 1031"),
+    (GOOD + b"x", "4 tokens must be 1032 bytes, got 1033"),
+    (shard(2**31 - 1), "must be 4294968318 bytes, got 1032"),
+    (wide(2, 1), "version must be 7, got 1"),
+    (wide(0), "token count must be positive, got 0"),
+    (wide(3), "size for 3 tokens must be 1036 bytes, got 1032"),
+])  # fmt: skip
 def test_bad_shard(tmp_path, raw, message):
     path = tmp_path / "bad.bin"
     path.write_bytes(raw)
@@ -159,15 +150,12 @@ def test_a_shard_that_is_no_file(tmp_path):
 # folders of shards
 
 
-@pytest.mark.parametrize(
-    "train, val",
-    [
-        (["train.bin"], ["val.bin"]),
-        (["train_000000.bin", "train_000001.bin"], ["val_000000.bin"]),
-        (["fineweb_train_000001.bin"], ["fineweb_val_000000.bin"]),
-        (["tiny_shakespeare_train.bin"], ["tiny_shakespeare_val.bin"]),
-    ],
-)
+@pytest.mark.parametrize("train, val", [
+    (["train.bin"], ["val.bin"]),
+    (["train_000000.bin", "train_000001.bin"], ["val_000000.bin"]),
+    (["fineweb_train_000001.bin"], ["fineweb_val_000000.bin"]),
+    (["tiny_shakespeare_train.bin"], ["tiny_shakespeare_val.bin"]),
+])  # fmt: skip
 def test_shards_are_found_by_name(tmp_path, train, val):
     for name in [*train, *val, "tokenizer.bin", "trainx.bin", "train.txt"]:
         (tmp_path / name).touch()

@@ -87,14 +87,11 @@ LOSS_AT = LOGITS_AT + B * T * V
 GRADS_AT = LOSS_AT + 1
 
 
-@pytest.mark.parametrize(
-    ("changes", "fails"),
-    [
-        ({LOGITS_AT + 70: 1e-4}, ["logits"]),  # llm.c allows 1e-2
-        ({LOSS_AT: 1e-3}, ["loss"]),
-        ({LOGITS_AT + 70: np.nan, GRADS_AT: np.nan}, ["logits", "wte"]),
-    ],
-)
+@pytest.mark.parametrize(("changes", "fails"), [
+    ({LOGITS_AT + 70: 1e-4}, ["logits"]),  # llm.c allows 1e-2
+    ({LOSS_AT: 1e-3}, ["loss"]),
+    ({LOGITS_AT + 70: np.nan, GRADS_AT: np.nan}, ["logits", "wte"]),
+])  # fmt: skip
 def test_a_wrong_number_is_caught(pack, changes, fails):
     for at, by in changes.items():
         change(pack, at, by)
@@ -229,21 +226,18 @@ def test_a_state_comes_back(pack):
     assert not again.exists()
 
 
-@pytest.mark.parametrize(
-    ("index", "value", "says"),
-    [
-        (0, 20240326, "magic number must be 20240327, got 20240326"),
-        (1, 1, "version must be 2, got 1"),
-        (2, 0, "batch size must be positive, got 0"),
-        (2, -1, "batch size must be positive, got -1"),
-        (2, 2**31 - 1, "size for this model must be"),
-        (2, 2, "size for this model must be"),
-        (3, 20, r"length must be in \[1, 19\], got 20"),
-        (3, -19, "length must be in"),
-        (256, 67, r"tokens must lie in \[0, 67\), got 67 at \(0, 0\)"),
-        (275, -1, "targets must lie in"),
-    ],
-)
+@pytest.mark.parametrize(("index", "value", "says"), [
+    (0, 20240326, "magic number must be 20240327, got 20240326"),
+    (1, 1, "version must be 2, got 1"),
+    (2, 0, "batch size must be positive, got 0"),
+    (2, -1, "batch size must be positive, got -1"),
+    (2, 2**31 - 1, "size for this model must be"),
+    (2, 2, "size for this model must be"),
+    (3, 20, r"length must be in \[1, 19\], got 20"),
+    (3, -19, "length must be in"),
+    (256, 67, r"tokens must lie in \[0, 67\), got 67 at \(0, 0\)"),
+    (275, -1, "targets must lie in"),
+])  # fmt: skip
 def test_a_bad_state_is_refused(pack, index, value, says):
     path = pack / "m_debug_state.bin"
     put_number(path, 4 * index, value)

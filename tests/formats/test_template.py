@@ -49,28 +49,25 @@ def test_transformers_renders_the_same(tmp_path):
     assert want.endswith("hello</s>[answer]")
 
 
-@pytest.mark.parametrize(
-    ("template", "says"),
-    [
-        ("{{ ''.__class__ }}", "asks for '__class__' of a str"),
-        ("{{ messages.__class__.__mro__ }}", "asks for '__class__'"),
-        ("{{ ''['__class__'] }}", "asks for '__class__'"),
-        ("{{ (''|attr('__class__')).__mro__ }}", "asks for '__class__'"),
-        ("{{ raise_exception.__globals__ }}", "asks for '__globals__'"),
-        ("{{ messages.append(1) }}", "asks for 'append' of a list"),
-        ("{{ messages[0].update(role='x') }}", "asks for 'update'"),
-        ("{{ '{0.__class__}'.format(1) }}", "asks for '__class__' of a int"),
-        ("{% for i in range(10**9) %}{% endfor %}", "too big"),
-        ("{{ raise_exception('no system here') }}", "no system here"),
-        ("{{ messages[5].content }}", "has no (element|attribute)|no element"),
-        ("{{ 1 / 0 }}", "division by zero"),
-        ("{{ strftime_now(7) }}", "must be str"),
-        ("{% if %}", "fails: Expected an expression"),
-        ("{{ x", "fails: "),
-        ("{% include 'passwd' %}", "no loader"),
-        ("{% import os %}", "fails: "),
-    ],
-)
+@pytest.mark.parametrize(("template", "says"), [
+    ("{{ ''.__class__ }}", "asks for '__class__' of a str"),
+    ("{{ messages.__class__.__mro__ }}", "asks for '__class__'"),
+    ("{{ ''['__class__'] }}", "asks for '__class__'"),
+    ("{{ (''|attr('__class__')).__mro__ }}", "asks for '__class__'"),
+    ("{{ raise_exception.__globals__ }}", "asks for '__globals__'"),
+    ("{{ messages.append(1) }}", "asks for 'append' of a list"),
+    ("{{ messages[0].update(role='x') }}", "asks for 'update'"),
+    ("{{ '{0.__class__}'.format(1) }}", "asks for '__class__' of a int"),
+    ("{% for i in range(10**9) %}{% endfor %}", "too big"),
+    ("{{ raise_exception('no system here') }}", "no system here"),
+    ("{{ messages[5].content }}", "has no (element|attribute)|no element"),
+    ("{{ 1 / 0 }}", "division by zero"),
+    ("{{ strftime_now(7) }}", "must be str"),
+    ("{% if %}", "fails: Expected an expression"),
+    ("{{ x", "fails: "),
+    ("{% include 'passwd' %}", "no loader"),
+    ("{% import os %}", "fails: "),
+])  # fmt: skip
 def test_what_fails_or_is_forbidden_is_one_error(template, says):
     with pytest.raises(ValueError, match=says) as error:
         render_chat(template, HELLO)

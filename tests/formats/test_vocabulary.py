@@ -71,20 +71,17 @@ def test_an_encoding_comes_back(request, tmp_path, name, kind):
     alike(open_encoding(path), encoding, "é\x00ÿ", long)
 
 
-@pytest.mark.parametrize(
-    ("vocab", "says"),
-    [
-        ([], "must hold a JSON object"),
-        ({}, "the last token must be"),
-        ({"a": 1}, "must number its tokens 0, 1, 2"),
-        ({"a": 0, "b": 0}, "must number its tokens 0, 1, 2"),
-        ({"a": True, "b": 0}, "must number its tokens 0, 1, 2"),
-        ({"a": 0.0}, "must number its tokens 0, 1, 2"),
-        ({"a": "0"}, "must number its tokens 0, 1, 2"),
-        ({"a b": 0}, "'a b' has letters of no byte"),
-        ({"<|endoftext|>": 0}, "no token for the byte 0"),
-    ],
-)
+@pytest.mark.parametrize(("vocab", "says"), [
+    ([], "must hold a JSON object"),
+    ({}, "the last token must be"),
+    ({"a": 1}, "must number its tokens 0, 1, 2"),
+    ({"a": 0, "b": 0}, "must number its tokens 0, 1, 2"),
+    ({"a": True, "b": 0}, "must number its tokens 0, 1, 2"),
+    ({"a": 0.0}, "must number its tokens 0, 1, 2"),
+    ({"a": "0"}, "must number its tokens 0, 1, 2"),
+    ({"a b": 0}, "'a b' has letters of no byte"),
+    ({"<|endoftext|>": 0}, "no token for the byte 0"),
+])  # fmt: skip
 def test_a_vocabulary_that_is_none(tmp_path, vocab, says):
     path = tmp_path / "vocab.json"
     path.write_text(json.dumps(vocab))
@@ -130,16 +127,13 @@ def test_a_run_keeps_such_a_vocabulary_with_one_special_token(
         tokenizer.save(ours, kept)
 
 
-@pytest.mark.parametrize(
-    ("line", "says"),
-    [
-        ("l o w", "merges.txt:2: a line must be two tokens, got 'l o w'"),
-        ("low", "merges.txt:2: a line must be two tokens"),
-        ("lo w", "vocab.json: the merge of 'lo' and 'w' must join earlier"),
-        ("a b", "the merge of 'a' and 'b' must join earlier"),
-        ("x" * 300_000 + " y", "the merge of 'xxx"),
-    ],
-)
+@pytest.mark.parametrize(("line", "says"), [
+    ("l o w", "merges.txt:2: a line must be two tokens, got 'l o w'"),
+    ("low", "merges.txt:2: a line must be two tokens"),
+    ("lo w", "vocab.json: the merge of 'lo' and 'w' must join earlier"),
+    ("a b", "the merge of 'a' and 'b' must join earlier"),
+    ("x" * 300_000 + " y", "the merge of 'xxx"),
+])  # fmt: skip
 def test_merges_that_are_none(tmp_path, trained, line, says):
     path, merges = own_files(tmp_path, trained), tmp_path / "merges.txt"
     lines = merges.read_text("utf-8").split("\n")
@@ -180,14 +174,11 @@ def test_a_token_of_300_kilobytes_takes_no_time(tmp_path, trained, merges):
     assert time.perf_counter() - start < 2
 
 
-@pytest.mark.parametrize(
-    ("name", "size"),
-    [
-        ("vocab.json", 1 << 23), ("merges.txt", 1 << 23),
-        ("tokenizer.tiktoken", 1 << 24), ("tokenizer.json", 1 << 26),
-        ("tokenizer.bin", (1 << 24) + 1024),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("name", "size"), [
+    ("vocab.json", 1 << 23), ("merges.txt", 1 << 23),
+    ("tokenizer.tiktoken", 1 << 24), ("tokenizer.json", 1 << 26),
+    ("tokenizer.bin", (1 << 24) + 1024),
+])  # fmt: skip
 def test_a_tokenizers_file_is_small(tmp_path, trained, name, size):
     own_files(tmp_path, trained)
     if name == "tokenizer.json":
@@ -333,23 +324,20 @@ def test_a_long_token_is_not_written(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        (lambda raw: raw[:1000], "too few for a header"),
-        (lambda raw: raw[:-1], "token 3 is empty or cut off"),
-        (lambda raw: raw[:-3], "right for 4 tokens"),
-        (lambda raw: raw + b"x", "1 bytes behind the last token"),
-        (lambda raw: raw + b"x" * 2000, "right for 4 tokens"),
-        (lambda raw: header(1) + raw[1024:], "magic number must be 20240328"),
-        (lambda raw: header(20240328, 1) + raw[1024:], "version must be 2"),
-        (lambda raw: header(20240328, 2, 2**31 - 1, 3) + raw[1024:],
-         "right for 2147483647 tokens"),
-        (lambda raw: header(20240328, 2, 4, 4) + raw[1024:], "EOT must be"),
-        (lambda raw: header(20240328, 2, -4, -5) + raw[1024:], "positive"),
-        (lambda raw: raw[:1024] + b"\0" + raw[1025:], "token 0 is empty"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("change", "says"), [
+    (lambda raw: raw[:1000], "too few for a header"),
+    (lambda raw: raw[:-1], "token 3 is empty or cut off"),
+    (lambda raw: raw[:-3], "right for 4 tokens"),
+    (lambda raw: raw + b"x", "1 bytes behind the last token"),
+    (lambda raw: raw + b"x" * 2000, "right for 4 tokens"),
+    (lambda raw: header(1) + raw[1024:], "magic number must be 20240328"),
+    (lambda raw: header(20240328, 1) + raw[1024:], "version must be 2"),
+    (lambda raw: header(20240328, 2, 2**31 - 1, 3) + raw[1024:],
+     "right for 2147483647 tokens"),
+    (lambda raw: header(20240328, 2, 4, 4) + raw[1024:], "EOT must be"),
+    (lambda raw: header(20240328, 2, -4, -5) + raw[1024:], "positive"),
+    (lambda raw: raw[:1024] + b"\0" + raw[1025:], "token 0 is empty"),
+])  # fmt: skip
 def test_a_bad_tokenizer_is_refused(tmp_path, change, says):
     good = tokenizer_bin([b"a", b"b", b"ab", b"cd"], 3)
     (tmp_path / "t.bin").write_bytes(change(good))
@@ -360,15 +348,12 @@ BYTES = [bytes([i]) for i in range(256)]
 EOT = b"<|endoftext|>"
 
 
-@pytest.mark.parametrize(
-    ("tokens", "says"),
-    [
-        ([*BYTES, b"ab"], "the last token must be"),
-        ([*BYTES[1:], b"ab", EOT], "no token for the byte 0"),
-        ([*BYTES, b"ab", b"ab", EOT], "comes twice"),
-        ([*BYTES, b"abc", b"ab", EOT], "token 256 joins no two earlier ones"),
-    ],
-)
+@pytest.mark.parametrize(("tokens", "says"), [
+    ([*BYTES, b"ab"], "the last token must be"),
+    ([*BYTES[1:], b"ab", EOT], "no token for the byte 0"),
+    ([*BYTES, b"ab", b"ab", EOT], "comes twice"),
+    ([*BYTES, b"abc", b"ab", EOT], "token 256 joins no two earlier ones"),
+])  # fmt: skip
 def test_a_decoder_without_an_encoder(tmp_path, tokens, says):
     with pytest.raises(ValueError, match=f"t: .*{says}"):
         encoding_of("t", tokens)

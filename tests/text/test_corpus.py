@@ -58,15 +58,12 @@ def test_stdlib_starts_with_a_fair_sample(library):
     assert {True, False} == set(kinds)
 
 
-@pytest.mark.parametrize(
-    ("source", "limit", "error", "says"),
-    [
-        ("stdlib", 0, ValueError, "at least 1, got 0"),
-        ("stdlib", -5, ValueError, "at least 1, got -5"),
-        ("wikipedia", None, FileNotFoundError, "no file called wikipedia;"),
-        ([], None, ValueError, "no text in"),
-    ],
-)
+@pytest.mark.parametrize(("source", "limit", "error", "says"), [
+    ("stdlib", 0, ValueError, "at least 1, got 0"),
+    ("stdlib", -5, ValueError, "at least 1, got -5"),
+    ("wikipedia", None, FileNotFoundError, "no file called wikipedia;"),
+    ([], None, ValueError, "no text in"),
+])  # fmt: skip
 def test_a_corpus_that_is_none(source, limit, error, says):
     with pytest.raises(error, match=says):
         corpus.load_corpus(source, limit)
@@ -424,13 +421,10 @@ def test_downloaded_once(play, server, capfd, monkeypatch, terminal):
         assert "tinyshakespeare.txt" in err and "100%" in err
 
 
-@pytest.mark.parametrize(
-    ("reply", "status", "error", "says"),
-    [
-        (b"other", 200, ValueError, "input.txt must have the SHA-256"),
-        (b"", 404, ConnectionError, "404.*; put it as .*LLMNB_DATA"),
-    ],
-)
+@pytest.mark.parametrize(("reply", "status", "error", "says"), [
+    (b"other", 200, ValueError, "input.txt must have the SHA-256"),
+    (b"", 404, ConnectionError, "404.*; put it as .*LLMNB_DATA"),
+])  # fmt: skip
 def test_a_download_that_is_none(play, server, reply, status, error, says):
     server.reply, server.status = reply, status
     with pytest.raises(error, match=says):
@@ -457,15 +451,12 @@ def test_damaged_file(play, server):
     assert server.asked == 0
 
 
-@pytest.mark.parametrize(
-    "system, name, variable, want",
-    [
-        ("nt", "win32", "LOCALAPPDATA", "here/llmnb"),
-        ("posix", "linux", "XDG_CACHE_HOME", "here/llmnb"),
-        ("posix", "darwin", "HOME", "here/Library/Caches/llmnb"),
-        ("posix", "linux", "HOME", "here/.cache/llmnb"),
-    ],
-)
+@pytest.mark.parametrize("system, name, variable, want", [
+    ("nt", "win32", "LOCALAPPDATA", "here/llmnb"),
+    ("posix", "linux", "XDG_CACHE_HOME", "here/llmnb"),
+    ("posix", "darwin", "HOME", "here/Library/Caches/llmnb"),
+    ("posix", "linux", "HOME", "here/.cache/llmnb"),
+])  # fmt: skip
 def test_cache_folder(monkeypatch, system, name, variable, want):
     if os.name != system:
         pytest.skip(f"os.name is {os.name}, not {system}")

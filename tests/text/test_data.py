@@ -134,15 +134,12 @@ def test_reset_goes_back_to_the_start():
     assert [x.tolist() for x, _ in epoch(loader)] == first
 
 
-@pytest.mark.parametrize(
-    "state, message",
-    [
-        ({"epoch": 0}, r"epoch, shard and position, got \['epoch'\]"),
-        ({"epoch": -1, "shard": 0, "position": 0}, "epoch must lie in .*-1"),
-        ({"epoch": 0, "shard": 2, "position": 0}, r"shard .* \[0, 2\), got 2"),
-        ({"epoch": 0, "shard": 0, "position": 6}, r"position .* got 6"),
-    ],
-)
+@pytest.mark.parametrize("state, message", [
+    ({"epoch": 0}, r"epoch, shard and position, got \['epoch'\]"),
+    ({"epoch": -1, "shard": 0, "position": 0}, "epoch must lie in .*-1"),
+    ({"epoch": 0, "shard": 2, "position": 0}, r"shard .* \[0, 2\), got 2"),
+    ({"epoch": 0, "shard": 0, "position": 6}, r"position .* got 6"),
+])  # fmt: skip
 def test_bad_state(state, message):
     loader = DataLoader([np.arange(49), np.arange(49)], 2, 4)
     loader.next_batch()
@@ -152,33 +149,30 @@ def test_bad_state(state, message):
     assert loader.state == before
 
 
-@pytest.mark.parametrize(
-    "args, error, message",
-    [
-        (([], 1, 1), ValueError, "the list of shards is empty"),
-        (([np.arange(8)], 2, 4), ValueError, "8 tokens, .* 2 x 4 needs 9"),
-        (([np.arange(8)], 1, 8), ValueError, "8 tokens, .* 1 x 8 needs 9"),
-        (([np.arange(0)], 1, 1), ValueError, "0 tokens, .* 1 x 1 needs 2"),
-        (([np.arange(9), np.arange(3)], 1, 8), ValueError, "has 3 tokens"),
-        (([np.ones(9)], 1, 1), TypeError, "must hold integers, got float64"),
-        (([np.ones((9, 9), int)], 1, 1), ValueError, "one dimension"),
-        (([[1, 2, 2**40]], 1, 1), ValueError, "lie in .*, got 1099511627776"),
-        (([np.array([1, 2, 2**31])], 1, 1), ValueError, "got 2147483648"),
-        (([np.uint64([2**63, 0])], 1, 1), ValueError, f"got {2**63}"),
-        (([np.int16([1, -1])], 1, 1), ValueError, "lie in .*, got -1"),
-        (([np.arange(9), [3, -5]], 1, 1), ValueError, "lie in .*, got -5"),
-        (([np.ones(9, bool)], 1, 1), TypeError, "hold integers, got bool"),
-        (([np.array([1, None])], 1, 1), TypeError, "integers, got object"),
-        (([["1", "2", "3"]], 1, 1), TypeError, "must hold integers, got <U1"),
-        (([1, 2, 3], 1, 1), ValueError, r"one dimension, got shape \(\)"),
-        (([[]], 1, 1), ValueError, "0 tokens, .* 1 x 1 needs 2"),
-        (([np.arange(9)], 0, 1), ValueError, "batch_size .*, got 0"),
-        (([np.arange(9)], 1, 0), ValueError, "seq_len .*, got 0"),
-        (([np.arange(9)], 1, 1.5), TypeError, "seq_len must be int, got flo"),
-        (([np.arange(9)], 1, 1, -1), ValueError, "seed .*, got -1"),
-        (([np.arange(9)], 1, 1, None), TypeError, "seed must be int"),
-    ],
-)
+@pytest.mark.parametrize("args, error, message", [
+    (([], 1, 1), ValueError, "the list of shards is empty"),
+    (([np.arange(8)], 2, 4), ValueError, "8 tokens, .* 2 x 4 needs 9"),
+    (([np.arange(8)], 1, 8), ValueError, "8 tokens, .* 1 x 8 needs 9"),
+    (([np.arange(0)], 1, 1), ValueError, "0 tokens, .* 1 x 1 needs 2"),
+    (([np.arange(9), np.arange(3)], 1, 8), ValueError, "has 3 tokens"),
+    (([np.ones(9)], 1, 1), TypeError, "must hold integers, got float64"),
+    (([np.ones((9, 9), int)], 1, 1), ValueError, "one dimension"),
+    (([[1, 2, 2**40]], 1, 1), ValueError, "lie in .*, got 1099511627776"),
+    (([np.array([1, 2, 2**31])], 1, 1), ValueError, "got 2147483648"),
+    (([np.uint64([2**63, 0])], 1, 1), ValueError, f"got {2**63}"),
+    (([np.int16([1, -1])], 1, 1), ValueError, "lie in .*, got -1"),
+    (([np.arange(9), [3, -5]], 1, 1), ValueError, "lie in .*, got -5"),
+    (([np.ones(9, bool)], 1, 1), TypeError, "hold integers, got bool"),
+    (([np.array([1, None])], 1, 1), TypeError, "integers, got object"),
+    (([["1", "2", "3"]], 1, 1), TypeError, "must hold integers, got <U1"),
+    (([1, 2, 3], 1, 1), ValueError, r"one dimension, got shape \(\)"),
+    (([[]], 1, 1), ValueError, "0 tokens, .* 1 x 1 needs 2"),
+    (([np.arange(9)], 0, 1), ValueError, "batch_size .*, got 0"),
+    (([np.arange(9)], 1, 0), ValueError, "seq_len .*, got 0"),
+    (([np.arange(9)], 1, 1.5), TypeError, "seq_len must be int, got flo"),
+    (([np.arange(9)], 1, 1, -1), ValueError, "seed .*, got -1"),
+    (([np.arange(9)], 1, 1, None), TypeError, "seed must be int"),
+])  # fmt: skip
 def test_bad_arguments(args, error, message):
     with pytest.raises(error, match=message):
         DataLoader(*args)

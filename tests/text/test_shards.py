@@ -418,17 +418,14 @@ def test_force_removes_the_old_shards_and_nothing_else(
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ({"shard_tokens": 0}, r"shard_tokens must lie in \[1, 2147483648\)"),
-        ({"shard_tokens": 2**31}, "shard_tokens must lie in"),
-        ({"val_tokens": -1}, "val_tokens must lie in"),
-        ({"limit": -1}, "limit must lie in"),
-        ({"val_tokens": 10**6}, "all of them for validation"),
-        ({"limit": 3}, "validation must lie between 0 and"),
-    ],
-)
+@pytest.mark.parametrize("options, message", [
+    ({"shard_tokens": 0}, r"shard_tokens must lie in \[1, 2147483648\)"),
+    ({"shard_tokens": 2**31}, "shard_tokens must lie in"),
+    ({"val_tokens": -1}, "val_tokens must lie in"),
+    ({"limit": -1}, "limit must lie in"),
+    ({"val_tokens": 10**6}, "all of them for validation"),
+    ({"limit": 3}, "validation must lie between 0 and"),
+])  # fmt: skip
 def test_bad_options(tmp_path, texts, encoding, options, message):
     with pytest.raises(ValueError, match=message):
         make(tmp_path / "out", [texts], encoding, **options)

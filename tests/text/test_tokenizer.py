@@ -61,24 +61,21 @@ def line(token, rank):
 BYTES = [line(bytes([i]), i) for i in range(256)]
 
 
-@pytest.mark.parametrize(
-    "lines, message",
-    [
-        ([*BYTES, "?? 256"], r":257: the token must be base64, got '\?\?'"),
-        ([*BYTES, "é= 256"], ":257: the token must be base64"),
-        ([*BYTES, "YWI="], ":257: a line must be a token and its rank"),
-        ([*BYTES, "YWI= 256 1"], ":257: a line must be a token and its rank"),
-        *(
-            ([*BYTES, f"YWI= {x}"], ":257: the rank must be a whole number")
-            for x in ("x", "-1", "1.0", "9" * 5000, "1" * 10, "\u0663")
-        ),
-        ([*BYTES, line(b"ab", 7)], ":257: rank 7 comes twice"),
-        ([*BYTES, line(b"a", 256)], ":257: b'a' comes twice"),
-        ([*BYTES, line(b"ab", 257)], "no token of rank 256"),
-        (BYTES[:65] + BYTES[66:], "no token for the byte 65"),
-        ([], "no token for the byte 0"),
-    ],
-)
+@pytest.mark.parametrize("lines, message", [
+    ([*BYTES, "?? 256"], r":257: the token must be base64, got '\?\?'"),
+    ([*BYTES, "é= 256"], ":257: the token must be base64"),
+    ([*BYTES, "YWI="], ":257: a line must be a token and its rank"),
+    ([*BYTES, "YWI= 256 1"], ":257: a line must be a token and its rank"),
+    *(
+        ([*BYTES, f"YWI= {x}"], ":257: the rank must be a whole number")
+        for x in ("x", "-1", "1.0", "9" * 5000, "1" * 10, "\u0663")
+    ),
+    ([*BYTES, line(b"ab", 7)], ":257: rank 7 comes twice"),
+    ([*BYTES, line(b"a", 256)], ":257: b'a' comes twice"),
+    ([*BYTES, line(b"ab", 257)], "no token of rank 256"),
+    (BYTES[:65] + BYTES[66:], "no token for the byte 65"),
+    ([], "no token for the byte 0"),
+])  # fmt: skip
 def test_malformed_file(tmp_path, lines, message):
     path = tmp_path / "bad.tiktoken"
     path.write_text("\n".join(lines), "utf-8")

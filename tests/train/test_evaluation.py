@@ -230,50 +230,44 @@ def changed(raw, place, value, size):
     return raw[:place] + value.to_bytes(size, "little") + raw[place + size :]
 
 
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (lambda x: x[:900], "900 bytes are too few for a header of 1024"),
-        (lambda x: x[:-1], "size must be even"),
-        (lambda x: x[:-2], r"example 2 must have an even size of 30 to"),
-        (lambda x: x + b"\0\0", "2 bytes follow the last example"),
-        (lambda x: changed(x, 0, 20240520, 4), "magic number must be 202405"),
-        (lambda x: changed(x, 4, 2, 4), "version must be 1, got 2"),
-        (lambda x: changed(x, 8, 2**31 - 1, 4), "count must be 1 to 1[0-9] "),
-        (lambda x: changed(x, 8, 0, 4), "count must be 1 to"),
-        (lambda x: changed(x, 8, 4, 4), "example 3 must begin with 65535"),
-        (lambda x: changed(x, 12, 40, 4), "the header says at most 40"),
-        (lambda x: changed(x, 1024, 1, 2), "example 0 must begin with 65535"),
-        (lambda x: changed(x, 1026, 65534, 2), "must have an even size"),
-        (lambda x: changed(x, 1026, 28, 2), "must have an even size"),
-        (lambda x: changed(x, 1030, 4, 2), "a label of 0 to 3, got 4 and 4"),
-        (lambda x: changed(x, 1032, 5, 2), "must have 4 endings"),
-        (lambda x: changed(x, 1034, 60000, 2), "text of 60000 tokens cannot"),
-        (lambda x: changed(x, 1034, 0, 2), "a text of 0 tokens cannot fit"),
-    ],
-)
+@pytest.mark.parametrize("change, message", [
+    (lambda x: x[:900], "900 bytes are too few for a header of 1024"),
+    (lambda x: x[:-1], "size must be even"),
+    (lambda x: x[:-2], r"example 2 must have an even size of 30 to"),
+    (lambda x: x + b"\0\0", "2 bytes follow the last example"),
+    (lambda x: changed(x, 0, 20240520, 4), "magic number must be 202405"),
+    (lambda x: changed(x, 4, 2, 4), "version must be 1, got 2"),
+    (lambda x: changed(x, 8, 2**31 - 1, 4), "count must be 1 to 1[0-9] "),
+    (lambda x: changed(x, 8, 0, 4), "count must be 1 to"),
+    (lambda x: changed(x, 8, 4, 4), "example 3 must begin with 65535"),
+    (lambda x: changed(x, 12, 40, 4), "the header says at most 40"),
+    (lambda x: changed(x, 1024, 1, 2), "example 0 must begin with 65535"),
+    (lambda x: changed(x, 1026, 65534, 2), "must have an even size"),
+    (lambda x: changed(x, 1026, 28, 2), "must have an even size"),
+    (lambda x: changed(x, 1030, 4, 2), "a label of 0 to 3, got 4 and 4"),
+    (lambda x: changed(x, 1032, 5, 2), "must have 4 endings"),
+    (lambda x: changed(x, 1034, 60000, 2), "text of 60000 tokens cannot"),
+    (lambda x: changed(x, 1034, 0, 2), "a text of 0 tokens cannot fit"),
+])  # fmt: skip
 def test_bad_files(binary, change, message):
     path, raw = binary
     path.write_bytes(change(raw))
     refused(message, read_examples, path)
 
 
-@pytest.mark.parametrize(
-    "line, message",
-    [
-        ("[]", "must be a JSON object, got list"),
-        ("{", "must be JSON"),
-        ({"endings": ["a"] * 4, "label": 0}, "must have a field 'ctx'"),
-        ({"ctx": 3}, "'ctx' must be text, got int"),
-        ({"ctx": "a", "endings": ["a"] * 3, "label": 0}, "list of four"),
-        ({"ctx": "a", "endings": "abcd", "label": 0}, "list of four"),
-        ({"ctx": "a", "endings": [1] * 4, "label": 0}, "must be text, got"),
-        ({"ctx": "a", "endings": ["a"] * 4, "label": 4}, "must be 0 to 3"),
-        ({"ctx": "a", "endings": ["a"] * 4}, "must be 0 to 3, got None"),
-        ({"ctx": "", "endings": ["a"] * 4, "label": 1}, "not be empty"),
-        ({"ctx": "a", "endings": ["\ud800"] * 4, "label": 1}, "half a char"),
-    ],
-)
+@pytest.mark.parametrize("line, message", [
+    ("[]", "must be a JSON object, got list"),
+    ("{", "must be JSON"),
+    ({"endings": ["a"] * 4, "label": 0}, "must have a field 'ctx'"),
+    ({"ctx": 3}, "'ctx' must be text, got int"),
+    ({"ctx": "a", "endings": ["a"] * 3, "label": 0}, "list of four"),
+    ({"ctx": "a", "endings": "abcd", "label": 0}, "list of four"),
+    ({"ctx": "a", "endings": [1] * 4, "label": 0}, "must be text, got"),
+    ({"ctx": "a", "endings": ["a"] * 4, "label": 4}, "must be 0 to 3"),
+    ({"ctx": "a", "endings": ["a"] * 4}, "must be 0 to 3, got None"),
+    ({"ctx": "", "endings": ["a"] * 4, "label": 1}, "not be empty"),
+    ({"ctx": "a", "endings": ["\ud800"] * 4, "label": 1}, "half a char"),
+])  # fmt: skip
 def test_bad_lines(tmp_path, line, message):
     path, byte, tally = tmp_path / "a.jsonl", tokenizer.byte(), Tally()
     good = lines_of(path).read_text()
@@ -287,14 +281,11 @@ def test_bad_lines(tmp_path, line, message):
     refused("holds no example", read_examples_json, path, byte, True, tally)
 
 
-@pytest.mark.parametrize(
-    "examples, message",
-    [
-        ([Example(np.zeros(40_000, int), [[1]] * 4, 0)], "less than 65536 by"),
-        ([Example(np.array([70_000]), [[1]] * 4, 0)], "tokens below 65536"),
-        ([], "no examples"),
-    ],
-)
+@pytest.mark.parametrize("examples, message", [
+    ([Example(np.zeros(40_000, int), [[1]] * 4, 0)], "less than 65536 by"),
+    ([Example(np.array([70_000]), [[1]] * 4, 0)], "tokens below 65536"),
+    ([], "no examples"),
+])  # fmt: skip
 def test_examples_that_cannot_be_written(tmp_path, examples, message):
     with pytest.raises(ValueError, match=message):
         write_examples(tmp_path / "a.bin", examples)
@@ -373,21 +364,18 @@ def test_eval_says_what_it_left_out(saved, llmnb):
     assert f"b.jsonl: 2 bytes; {passed}\n" in out and "tokens     2," in out
 
 
-@pytest.mark.parametrize(
-    "command, message",
-    [
-        ("m.bin", "name a file: --text FILE or --hellaswag FILE"),
-        ("none --text a.txt", "there is no run none"),
-        ("m.bin --text a.txt --tokenizer gpt2", "tokens, the tokenizer gpt2"),
-        ("m.bin --text a.txt", "m.bin: which tokenizer? None of"),
-        ("m.bin --tokenizer byte --text none", "no file called none"),
-        ("m.bin --tokenizer byte --text a.txt --stride 99", "lie in [1, 48]"),
-        ("m.bin --tokenizer byte --text a.txt --limit -1", "at least 0"),
-        ("m.bin --tokenizer byte --hellaswag none.bin", "none.bin"),
-        ("m.bin --tokenizer byte --hellaswag m.bin", "magic number"),
-        ("a.txt --text a.txt", "a.txt"),
-    ],
-)
+@pytest.mark.parametrize("command, message", [
+    ("m.bin", "name a file: --text FILE or --hellaswag FILE"),
+    ("none --text a.txt", "there is no run none"),
+    ("m.bin --text a.txt --tokenizer gpt2", "tokens, the tokenizer gpt2"),
+    ("m.bin --text a.txt", "m.bin: which tokenizer? None of"),
+    ("m.bin --tokenizer byte --text none", "no file called none"),
+    ("m.bin --tokenizer byte --text a.txt --stride 99", "lie in [1, 48]"),
+    ("m.bin --tokenizer byte --text a.txt --limit -1", "at least 0"),
+    ("m.bin --tokenizer byte --hellaswag none.bin", "none.bin"),
+    ("m.bin --tokenizer byte --hellaswag m.bin", "magic number"),
+    ("a.txt --text a.txt", "a.txt"),
+])  # fmt: skip
 def test_mistakes_get_one_line(saved, llmnb, monkeypatch, command, message):
     tokens = [bytes([i]) for i in range(256)] + [b"ab"]
     monkeypatch.setattr(tokenizer, "gpt2", lambda: from_tokens("", tokens))

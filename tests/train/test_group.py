@@ -218,17 +218,14 @@ def test_an_exchange_in_many_parts(monkeypatch):
 # what is refused
 
 
-@pytest.mark.parametrize(
-    ("size", "changes", "says"),
-    [
-        (5, lambda _: {},
-         r"be a multiple of 160 tokens \(5 batches of 32\), got 384"),
-        (2, lambda rank: {"seed": 42 + rank},
-         "^rank 1 has another seed than rank 0: 43, not 42$"),
-        (2, lambda _: {"backend": "reference"},
-         "backend must be one of 'cpu', got 'reference'"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("size", "changes", "says"), [
+    (5, lambda _: {},
+     r"be a multiple of 160 tokens \(5 batches of 32\), got 384"),
+    (2, lambda rank: {"seed": 42 + rank},
+     "^rank 1 has another seed than rank 0: 43, not 42$"),
+    (2, lambda _: {"backend": "reference"},
+     "backend must be one of 'cpu', got 'reference'"),
+])  # fmt: skip
 def test_what_does_not_go_together(tmp_path, size, changes, says):
     def work(group):
         begun(group, tmp_path / "a", replace(RUN, **changes(group.rank)))
@@ -289,14 +286,11 @@ class Ended(Group):
         self.said.append("goodbye")
 
 
-@pytest.mark.parametrize(
-    ("error", "said"),
-    [
-        (SystemExit(141), "rank 0 here: it has left with 141"),
-        (KeyboardInterrupt(), "rank 0 here: KeyboardInterrupt"),
-        (ValueError("a  seed"), "rank 0 here: a seed"),
-    ],
-)
+@pytest.mark.parametrize(("error", "said"), [
+    (SystemExit(141), "rank 0 here: it has left with 141"),
+    (KeyboardInterrupt(), "rank 0 here: KeyboardInterrupt"),
+    (ValueError("a  seed"), "rank 0 here: a seed"),
+])  # fmt: skip
 def test_who_leaves_early_ends_all(error, said):
     group = Ended()
     with pytest.raises(type(error)), together_within(group):

@@ -222,15 +222,12 @@ def test_a_rank_that_ends_ends_all(program, words, args):
     assert "rank 1 on" in said and words in said
 
 
-@pytest.mark.parametrize(
-    ("where", "more", "words"),
-    [
-        ({}, ["--seed", "7"], "another seed than rank 0: 7, not 42"),
-        ({"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}, [],
-         "another NUMBA_CPU_FEATURES than rank 0"),
-        ({}, ["--limit", "20000"], "another limit than rank 0"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("where", "more", "words"), [
+    ({}, ["--seed", "7"], "another seed than rank 0: 7, not 42"),
+    ({"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}, [],
+     "another NUMBA_CPU_FEATURES than rank 0"),
+    ({}, ["--limit", "20000"], "another limit than rank 0"),
+])  # fmt: skip
 def test_ranks_that_differ_are_refused(where, more, words, args, tmp_path):
     said = refused((1, {}, args), (1, where, [*args, *more]))
     assert "rank 1 on" in said and words in said
@@ -354,15 +351,12 @@ def test_bench_measures_a_group(tmp_path):
     assert all(0 < x["waiting_seconds"] < max(both["seconds"]) for x in each)
 
 
-@pytest.mark.parametrize(
-    ("more", "words"),
-    [
-        (["--write"], "--write is of one process"),
-        (["--in-backward"], "--in-backward is of one process"),
-        (["--total-batch", "96"], "a multiple of 64 tokens"),
-        (["--backend", "reference"], "backend must be"),
-    ],
-)
+@pytest.mark.parametrize(("more", "words"), [
+    (["--write"], "--write is of one process"),
+    (["--in-backward"], "--in-backward is of one process"),
+    (["--total-batch", "96"], "a multiple of 64 tokens"),
+    (["--backend", "reference"], "backend must be"),
+])  # fmt: skip
 def test_bench_refuses_what_a_group_cannot(more, words):
     assert words in refused((2, {}, [*BENCH.split(), *more]))
 

@@ -25,13 +25,10 @@ from llmnb.train.watch import read_log
 FIRST = "step,loss,val_loss,"
 
 
-@pytest.mark.parametrize(
-    ("text", "kept"),
-    [
-        (b"", 0), (b"step,loss\n", 0), (b"step,loss\n0,1\n1,2\n2,3\n", 2),
-        (b"step,loss\n0,1\n1,2\n2,", 2), (b"step,loss\n\n0,1\nx\n\xff\n", 1),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("text", "kept"), [
+    (b"", 0), (b"step,loss\n", 0), (b"step,loss\n0,1\n1,2\n2,3\n", 2),
+    (b"step,loss\n0,1\n1,2\n2,", 2), (b"step,loss\n\n0,1\nx\n\xff\n", 1),
+])  # fmt: skip
 @pytest.mark.filterwarnings("ignore")
 def test_rows_of_a_log_that_stay(tmp_path, text, kept):
     path = tmp_path / "log.csv"
@@ -42,21 +39,18 @@ def test_rows_of_a_log_that_stay(tmp_path, text, kept):
     assert len(lines) == 1 + kept
 
 
-@pytest.mark.parametrize(
-    ("row", "why"),
-    [
-        ("x", "must have 3 values, has 1"),
-        ("1,y,", "must hold numbers, not '1,y,'"),
-        ("1,2,3,4,5,6,7,8", "must have 3 values, has 8"),
-        ("1.5,2,", "must begin with a whole number, not 1.5"),
-        ("1,nan,", "must hold numbers, not '1,nan,'"),
-        ("1,-1e999,", "must hold numbers"),
-        (",2,", "has no step"),
-        ("1," + "2" * 140_000 + ",", "must have at most 1,000 characters"),
-        ('1,"' + "2," * 70_000 + '"', "must have at most 1,000 characters"),
-        ("9" * 140_000 + ",2,", "must have at most 1,000 characters"),
-    ],
-)
+@pytest.mark.parametrize(("row", "why"), [
+    ("x", "must have 3 values, has 1"),
+    ("1,y,", "must hold numbers, not '1,y,'"),
+    ("1,2,3,4,5,6,7,8", "must have 3 values, has 8"),
+    ("1.5,2,", "must begin with a whole number, not 1.5"),
+    ("1,nan,", "must hold numbers, not '1,nan,'"),
+    ("1,-1e999,", "must hold numbers"),
+    (",2,", "has no step"),
+    ("1," + "2" * 140_000 + ",", "must have at most 1,000 characters"),
+    ('1,"' + "2," * 70_000 + '"', "must have at most 1,000 characters"),
+    ("9" * 140_000 + ",2,", "must have at most 1,000 characters"),
+])  # fmt: skip
 def test_a_damaged_row_is_left_out_or_refused(tmp_path, row, why):
     """A run goes on without it, and says so; a picture is not drawn."""
     path = tmp_path / "log.csv"

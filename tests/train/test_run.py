@@ -76,15 +76,11 @@ def steps_in(folder):
 # resuming
 
 
-@pytest.mark.parametrize(
-    ("count", "options"),
-    [
-        (1, {}), (4, {}), (5, {}), (6, {}), (13, {}), (19, {}), (20, {}),
-        (8, {"precision": "fp64"}), (8, {"overfit": True}),
-        (8, {"schedule": "wsd"}), (8, {"backend": "cpu"}),
-    ],
-    ids=str,
-)  # fmt: skip
+@pytest.mark.parametrize(("count", "options"), [
+    (1, {}), (4, {}), (5, {}), (6, {}), (13, {}), (19, {}), (20, {}),
+    (8, {"precision": "fp64"}), (8, {"overfit": True}),
+    (8, {"schedule": "wsd"}), (8, {"backend": "cpu"}),
+], ids=str)  # fmt: skip
 def test_a_resumed_run_is_the_straight_run(tmp_path, count, options):
     cut_and_resumed(tmp_path, count, replace(TINY, **options))
 
@@ -381,15 +377,12 @@ def test_a_damaged_state_is_refused_or_the_same(tmp_path_factory, whole, data):
         assert np.array_equal(*pair), group
 
 
-@pytest.mark.parametrize(
-    ("name", "change", "message"),
-    [
-        ("m.wpe", None, "m.wpe must be .*, got None"),
-        ("w", lambda _: np.zeros(3, "f4"), "w must be None"),
-        ("v.wte", np.float64, "v.wte must be .'F32', .*, got .'F64'"),
-        ("v.wte", lambda x: x.T.copy(), "v.wte must be .*, got"),
-    ],
-)
+@pytest.mark.parametrize(("name", "change", "message"), [
+    ("m.wpe", None, "m.wpe must be .*, got None"),
+    ("w", lambda _: np.zeros(3, "f4"), "w must be None"),
+    ("v.wte", np.float64, "v.wte must be .'F32', .*, got .'F64'"),
+    ("v.wte", lambda x: x.T.copy(), "v.wte must be .*, got"),
+])  # fmt: skip
 def test_arrays_of_another_model(good, name, change, message):
     def changed(arrays):
         old = arrays.pop(name, None)
@@ -401,20 +394,16 @@ def test_arrays_of_another_model(good, name, change, message):
     refused("its format must be", read_state, good)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"config": {}}, {"config": None}, {"config": {"corpus": 3}},
-        {"model": {"channels": 0}}, {"model": {"channels": 64}},
-        {"model": []}, {"progress": {"stepz": 1}}, {"progress": 3},
-        {"progress": {"step": -1}}, {"progress": {"step": "5"}},
-        {"progress": {"step": 3, "updates": 4}},
-        {"progress": {"losses": ["x"]}}, {"progress": {"norms": 3.0}},
-        {"model": {"num_layers": 10**9}},
-        {"begun": 3}, {"begun": ["numba"]},
-    ],
-    ids=str,
-)  # fmt: skip
+@pytest.mark.parametrize("change", [
+    {"config": {}}, {"config": None}, {"config": {"corpus": 3}},
+    {"model": {"channels": 0}}, {"model": {"channels": 64}},
+    {"model": []}, {"progress": {"stepz": 1}}, {"progress": 3},
+    {"progress": {"step": -1}}, {"progress": {"step": "5"}},
+    {"progress": {"step": 3, "updates": 4}},
+    {"progress": {"losses": ["x"]}}, {"progress": {"norms": 3.0}},
+    {"model": {"num_layers": 10**9}},
+    {"begun": 3}, {"begun": ["numba"]},
+], ids=str)  # fmt: skip
 def test_other_records(good, change):
     rewrite(good, lambda record: record.update(change))
     refused("is not a whole state: ", read_state, good)

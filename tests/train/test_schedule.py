@@ -16,17 +16,14 @@ def test_warm_up_is_a_staircase(kind):
     assert learning_rate(0, 0.7, 0, 100, kind, 0.1) == pytest.approx(0.7)
 
 
-@pytest.mark.parametrize(
-    ("kind", "step", "final", "rate"),
-    [
-        ("cosine", 40, 0.0, 1 + math.cos(math.pi / 4)),
-        ("cosine", 60, 0.5, 1.5),  # half way down, and so between the two
-        ("linear", 40, 0.0, 1.5), ("linear", 60, 0.5, 1.5),
-        ("constant", 20, 0.1, 2.0), ("constant", 120, 0.1, 2.0),
-        ("wsd", 80, 0.0, 2.0), ("wsd", 85, 0.0, 1.0),
-        ("wsd", 90, 0.1, 2.0 * (0.1 + 0.9 * (1 - math.sqrt(0.5)))),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("kind", "step", "final", "rate"), [
+    ("cosine", 40, 0.0, 1 + math.cos(math.pi / 4)),
+    ("cosine", 60, 0.5, 1.5),  # half way down, and so between the two
+    ("linear", 40, 0.0, 1.5), ("linear", 60, 0.5, 1.5),
+    ("constant", 20, 0.1, 2.0), ("constant", 120, 0.1, 2.0),
+    ("wsd", 80, 0.0, 2.0), ("wsd", 85, 0.0, 1.0),
+    ("wsd", 90, 0.1, 2.0 * (0.1 + 0.9 * (1 - math.sqrt(0.5)))),
+])  # fmt: skip
 def test_the_way_down(kind, step, final, rate):
     found = learning_rate(step, 2.0, 20, 100, kind, final)
     assert found == pytest.approx(rate)
@@ -56,19 +53,16 @@ def test_shape(kind, warmup, rest, final):
         assert rates[total + 2] == rates[total]
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"step": -1}, "step must be at least 0, got -1"),
-        ({"peak": -0.5}, "peak must be at least 0, got -0.5"),
-        ({"peak": math.nan}, "peak must be at least 0, got nan"),
-        ({"warmup": 11}, r"warmup must be in \[0, 10\], got 11"),
-        ({"warmup": -1}, r"warmup must be in \[0, 10\], got -1"),
-        ({"total": 0, "warmup": 0}, "total must be at least 1, got 0"),
-        ({"final": 1.5}, r"final must be in \[0, 1\], got 1.5"),
-        ({"kind": "cos"}, "no kind 'cos', only cosine, linear, constant"),
-    ],
-)
+@pytest.mark.parametrize(("change", "message"), [
+    ({"step": -1}, "step must be at least 0, got -1"),
+    ({"peak": -0.5}, "peak must be at least 0, got -0.5"),
+    ({"peak": math.nan}, "peak must be at least 0, got nan"),
+    ({"warmup": 11}, r"warmup must be in \[0, 10\], got 11"),
+    ({"warmup": -1}, r"warmup must be in \[0, 10\], got -1"),
+    ({"total": 0, "warmup": 0}, "total must be at least 1, got 0"),
+    ({"final": 1.5}, r"final must be in \[0, 1\], got 1.5"),
+    ({"kind": "cos"}, "no kind 'cos', only cosine, linear, constant"),
+])  # fmt: skip
 def test_bad_numbers(change, message):
     good = {"step": 0, "peak": 1.0, "warmup": 2, "total": 10}
     learning_rate(**good)

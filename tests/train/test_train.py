@@ -49,36 +49,33 @@ def tiny_run(config=PLAIN):
 # the configuration
 
 
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ({"steps": 0}, "steps must be at least 1, got 0"),
-        ({"batch_size": -1}, "batch_size must be at least 1, got -1"),
-        ({"eval_every": 0}, "eval_every must be at least 1, got 0"),
-        ({"seq_len": 0}, "max_seq_len must be a positive integer"),
-        ({"channels": 130}, "channels must be a multiple of num_heads"),
-        ({"learning_rate": -1.0}, "peak must be at least 0, got -1.0"),
-        ({"learning_rate": math.nan}, "peak must be at least 0, got nan"),
-        ({"warmup_fraction": 1.5}, "warmup must be in"),
-        ({"final_fraction": 2.0}, "final must be in"),
-        ({"schedule": "stairs"}, "no kind 'stairs'"),
-        ({"beta1": 1.0}, "beta1 must be at least 0 and below 1, got 1.0"),
-        ({"beta2": -0.1}, "beta2 must be at least 0 and below 1"),
-        ({"eps": -1e-8}, "eps must be at least 0"),
-        ({"weight_decay": math.inf}, "weight_decay must be at least 0"),
-        ({"clip": -1.0}, "clip must be at least 0, got -1.0"),
-        ({"seed": -1}, "seed must be at least 0"),
-        ({"seed": 2**32}, "seed must be at least 0 and below 4294967296"),
-        ({"limit": -1}, "limit must be at least 0"),
-        ({"depth": 49}, "depth must be at least 1 and below 49, got 49"),
-        ({"depth": 12, "channels": 64}, "depth 12 makes channels 768, not 64"),
-        ({"total_batch": 700}, "multiple of a batch's 512 tokens .* got 700"),
-        ({"skip_window": 1}, "skip_window must be at least 2, got 1"),
-        ({"skip_loss": -1.0}, "skip_loss must be at least 0"),
-        ({"keep": 0}, "keep must be at least 1, got 0"),
-        ({"save_every": -1}, "save_every must be at least 0"),
-    ],
-)
+@pytest.mark.parametrize(("wrong", "message"), [
+    ({"steps": 0}, "steps must be at least 1, got 0"),
+    ({"batch_size": -1}, "batch_size must be at least 1, got -1"),
+    ({"eval_every": 0}, "eval_every must be at least 1, got 0"),
+    ({"seq_len": 0}, "max_seq_len must be a positive integer"),
+    ({"channels": 130}, "channels must be a multiple of num_heads"),
+    ({"learning_rate": -1.0}, "peak must be at least 0, got -1.0"),
+    ({"learning_rate": math.nan}, "peak must be at least 0, got nan"),
+    ({"warmup_fraction": 1.5}, "warmup must be in"),
+    ({"final_fraction": 2.0}, "final must be in"),
+    ({"schedule": "stairs"}, "no kind 'stairs'"),
+    ({"beta1": 1.0}, "beta1 must be at least 0 and below 1, got 1.0"),
+    ({"beta2": -0.1}, "beta2 must be at least 0 and below 1"),
+    ({"eps": -1e-8}, "eps must be at least 0"),
+    ({"weight_decay": math.inf}, "weight_decay must be at least 0"),
+    ({"clip": -1.0}, "clip must be at least 0, got -1.0"),
+    ({"seed": -1}, "seed must be at least 0"),
+    ({"seed": 2**32}, "seed must be at least 0 and below 4294967296"),
+    ({"limit": -1}, "limit must be at least 0"),
+    ({"depth": 49}, "depth must be at least 1 and below 49, got 49"),
+    ({"depth": 12, "channels": 64}, "depth 12 makes channels 768, not 64"),
+    ({"total_batch": 700}, "multiple of a batch's 512 tokens .* got 700"),
+    ({"skip_window": 1}, "skip_window must be at least 2, got 1"),
+    ({"skip_loss": -1.0}, "skip_loss must be at least 0"),
+    ({"keep": 0}, "keep must be at least 1, got 0"),
+    ({"save_every": -1}, "save_every must be at least 0"),
+])  # fmt: skip
 def test_config_refuses(wrong, message):
     with pytest.raises(ValueError, match=message):
         TrainConfig(**wrong)
@@ -441,20 +438,17 @@ def test_rerun_and_threads_give_the_same_bits():
 # PyTorch's curve
 
 
-@pytest.mark.parametrize(
-    ("backend", "precision", "steps", "column", "tolerance"),
-    [
-        ("cpu", "fp32", 60, 1, 1e-4),
-        ("reference", "fp32", 4, 1, 1e-4),
-        ("reference", "fp64", 4, 2, 1e-6),
-    ],
-)
-def test_the_curve_of_pytorch(backend, precision, steps, column, tolerance):
+@pytest.mark.parametrize(("backend", "precision", "steps", "column", "most"), [
+    ("cpu", "fp32", 60, 1, 1e-4),
+    ("reference", "fp32", 4, 1, 1e-4),
+    ("reference", "fp64", 4, 2, 1e-6),
+])  # fmt: skip
+def test_the_curve_of_pytorch(backend, precision, steps, column, most):
     theirs = recorded_curve("torch_curve")[:steps, column]
     config = replace(CURVE, backend=backend, precision=precision)
     run = train(config, new_model(config, 257), recorded_batches())
     ours = [s.loss for s in islice(run, steps)]
-    assert np.abs(ours - theirs).max() < tolerance
+    assert np.abs(ours - theirs).max() < most
 
 
 # the run folder
@@ -491,16 +485,12 @@ def test_log(tmp_path):
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:1\n"
 
 
-@pytest.mark.parametrize(
-    ("text", "why"),
-    [
-        ("", "this is an empty file"), ("{", "not JSON"),
-        ("[]", "must hold a JSON object"), ("{}", "'config'"),
-        ('{"config": {"corpus": ["x"], "stepz": 1}}', ".*stepz"),
-        (POINTER, "this is a Git LFS pointer"), ("[" * 100_000, "not JSON"),
-    ],
-    ids=range(7),
-)  # fmt: skip
+@pytest.mark.parametrize(("text", "why"), [
+    ("", "this is an empty file"), ("{", "not JSON"),
+    ("[]", "must hold a JSON object"), ("{}", "'config'"),
+    ('{"config": {"corpus": ["x"], "stepz": 1}}', ".*stepz"),
+    (POINTER, "this is a Git LFS pointer"), ("[" * 100_000, "not JSON"),
+], ids=range(7))  # fmt: skip
 def test_a_damaged_configuration(tmp_path, text, why):
     path = tmp_path / "config.json"
     path.write_text(text, "utf-8")
