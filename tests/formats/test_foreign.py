@@ -63,6 +63,8 @@ def test_a_text_has_the_librarys_tokens(ours, theirs):
         assert ours.decode(want) == text
         found = ours.encode_to_numpy(text)
         assert found.dtype == np.uint32 and found.tolist() == want
+        parts = map(ours.decode_single_token_bytes, want)
+        assert b"".join(parts) == text.encode("utf-8")
 
 
 @settings(max_examples=100, deadline=None)
@@ -87,13 +89,6 @@ def test_markup_is_a_token_where_it_is_meant(ours, theirs):
     assert ours.special_tokens_set == set(MARKUP)
 
 
-def test_one_tokens_bytes_make_the_texts(ours):
-    found = ours.encode_ordinary(PROBE)
-    parts = [ours.decode_single_token_bytes(x) for x in found]
-    assert b"".join(parts) == PROBE.encode("utf-8")
-    assert len(parts) > 20
-
-
 def test_its_ends_come_from_the_files_beside_it(theirs, tmp_path):
     ours = foreign_json(folder_of(theirs, tmp_path))
     assert ours.eot_token == theirs.token_to_id("<|im_end|>")
@@ -108,9 +103,7 @@ def test_its_ends_come_from_the_files_beside_it(theirs, tmp_path):
     for eos in 330, -1, "7", 1.5, []:
         config.write_text(json.dumps({"eos_token_id": eos}))
         refused("tokenizer.json: ", foreign_json, tmp_path / "tokenizer.json")
-
-
-def test_a_begin_is_known_where_the_library_puts_one(theirs, tmp_path):
+    # a begin is known where the library puts one
     start = theirs.token_to_id("<|im_start|>")
     begin_with(theirs, "<|im_start|>", start)
     ours = foreign_json(folder_of(theirs, tmp_path))
@@ -286,17 +279,14 @@ def twice(keys):
     (drop("model"), "got None"),
     (key("pre", "tekken"), "got 'gpt2' and 'tekken'"),
     (key("pre", 7), "and 7"),
-    (drop("tokens"), "not whole"),
-    (drop("merges"), "not whole"),
-    (key("tokens", "abc"), "not whole"),
-    (key("merges", ["a"]), "not whole"),
+    (drop("tokens"), "not whole"), (drop("merges"), "not whole"),
+    (key("tokens", "abc"), "not whole"), (key("merges", ["a"]), "not whole"),
     (key("merges", ["zz zz"]), "not whole"),
     (key("token_type", [1, 1]), "not whole"),
     (key("eos_token_id", 330), "token 330, which is none of 330"),
     (drop("eos_token_id"), "token None"),
     (key("eos_token_id", "2"), "token '2'"),
-    (begin(999), "not whole"),
-    (begin("1"), "not whole"),
+    (begin(999), "not whole"), (begin("1"), "not whole"),
     (twice, "a token comes twice"),
 ])  # fmt: skip
 def test_tables_that_make_no_tokenizer_are_refused(

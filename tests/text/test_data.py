@@ -40,10 +40,13 @@ def test_batches_in_order(tmp_path):
 
 
 def test_one_shard_needs_no_list(tmp_path):
-    write_shard(tmp_path / "a.bin", np.arange(13))
-    for shards in (tmp_path / "a.bin", str(tmp_path / "a.bin"), np.arange(13)):
+    path = tmp_path / "a.bin"
+    write_shard(path, np.arange(13))
+    for shards in (path, str(path), np.arange(13)):
         loader = DataLoader(shards, 2, 3, shuffle=False)
         assert loader.next_batch()[0].ravel().tolist() == list(range(6))
+    with pytest.raises(ValueError, match=r"a\.bin has 13 tokens"):
+        DataLoader(path, 1, 14)
 
 
 @QUICK
@@ -77,10 +80,8 @@ def test_an_epoch_reads_each_window_once(sizes, B, T, seed, shuffle):
 def test_shuffle_is_the_same_on_every_machine():
     loader = DataLoader([np.arange(41)], 4, 5, seed=42)
     got = [loader.next_batch()[0][:, 0].tolist() for _ in range(4)]
-    assert got == GOLDEN
-
-
-GOLDEN = [[25, 30, 20, 0], [15, 5, 35, 10], [35, 15, 5, 10], [0, 30, 25, 20]]
+    assert got[:2] == [[25, 30, 20, 0], [15, 5, 35, 10]]
+    assert got[2:] == [[35, 15, 5, 10], [0, 30, 25, 20]]
 
 
 def test_shards_are_shuffled():
@@ -115,21 +116,17 @@ def test_state_goes_on_with_the_same_batches(steps, shuffle):
     assert all(type(value) is int for value in state.values())
 
 
-def test_reading_the_state_changes_nothing():
-    loader = DataLoader([np.arange(50)], 2, 4)
-    state = loader.state
-    assert state == {"epoch": 0, "shard": 0, "position": 0}
-    state["position"] = 3
-    assert loader.state["position"] == 0
-    loader.next_batch()
-    assert loader.state["position"] == 1
-
-
 def test_reset_goes_back_to_the_start():
+    """To read the state, or to change what was read, changes nothing."""
     loader = DataLoader([np.arange(50), np.arange(70)], 2, 4, seed=9)
+    start = {"epoch": 0, "shard": 0, "position": 0}
+    state = loader.state
+    assert state == start
+    state["position"] = 3
+    assert loader.state == start
     first = [x.tolist() for x, _ in epoch(loader)]
-    for _ in range(5):
-        loader.next_batch()
+    loader.next_batch()
+    assert loader.state == {"epoch": 1, "shard": 0, "position": 1}
     loader.reset()
     assert [x.tolist() for x, _ in epoch(loader)] == first
 
@@ -176,12 +173,6 @@ def test_bad_state(state, message):
 def test_bad_arguments(args, error, message):
     with pytest.raises(error, match=message):
         DataLoader(*args)
-
-
-def test_short_shard_is_named(tmp_path):
-    write_shard(tmp_path / "short.bin", [1, 2, 3])
-    with pytest.raises(ValueError, match=r"short\.bin has 3 tokens"):
-        DataLoader([tmp_path / "short.bin"], 1, 4)
 
 
 def test_the_largest_token_passes():
@@ -258,9 +249,8 @@ def test_a_step_allocates_nothing(tmp_path):
 def test_split(count, validation, want):
     tokens = np.arange(count)
     train, val = split(tokens, validation)
-    assert val.tolist() == list(range(want))
-    assert train[0] == want
-    assert len(train) + len(val) == count
+    assert np.array_equal(val, tokens[:want])
+    assert np.array_equal(train, tokens[want:])
     assert train.base is tokens and val.base is tokens
 
 
