@@ -132,8 +132,7 @@ def test_bad_shard(tmp_path, raw, message):
     path = tmp_path / "bad.bin"
     path.write_bytes(raw)
     refused(f"bad.bin: .*{message}", read_shard, path)
-    with pytest.raises(ValueError, match=message):
-        DataLoader([path], 1, 1)
+    refused(message, DataLoader, path, 1, 1)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has none of these")

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from fuzz import refused
 from large import TEXT as LETTERS
 from large import large_encoding
 from llamas import (
@@ -106,8 +107,7 @@ def test_options_that_contradict_the_checkpoint(tmp_path):
         ("channels", 16, 32),
     ):  # fmt: skip
         says = f"hub has {name} {here}, not {asked}"
-        with pytest.raises(ValueError, match=says):
-            starting_from(init, **{name: asked})
+        refused(says, starting_from, init, **{name: asked})
 
 
 @pytest.mark.parametrize("begins", [True, False])
@@ -201,12 +201,12 @@ def test_a_run_of_a_large_vocabulary_goes_on(tmp_path, read_files):
     assert run.model.cfg.vocab_size == 70_000
     assert all(np.isfinite(x) for x in run.at.losses)
 
-    cut(tmp_path / "c", 3, config)
-    run, warnings = resume(tmp_path / "c", shards=str(shards))
+    folder = tmp_path / "c"
+    cut(folder, 3, config)
+    run, warnings = resume(folder, shards=str(shards))
     assert warnings == []
     tokens = read_shard(shards / "train.bin").copy()
     tokens[-1] ^= 65_536  # what two bytes do not show
     write_shard(shards / "train.bin", tokens, 2**31)
     run.lock.release()
-    with pytest.raises(ValueError, match="not the one it began with"):
-        resume(tmp_path / "c", shards=str(shards))
+    refused("not the one it began with", resume, folder, shards=str(shards))

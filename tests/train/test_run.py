@@ -311,8 +311,7 @@ def test_a_state_of_an_older_llmnb(tmp_path):
     cut(tmp_path / "b", 7)
     found[1][1] ^= 1
     rewrite(states(tmp_path / "b")[-1], older)
-    with pytest.raises(ValueError, match=ANOTHER):
-        resume(tmp_path / "b")
+    refused(ANOTHER, resume, tmp_path / "b")
 
 
 def test_a_state_of_another_run(tmp_path):

@@ -383,11 +383,10 @@ def test_starting_from_a_run(tmp_path):
 
 
 def test_starting_from_a_file(tmp_path):
-    model = new_model(PLAIN, 257)
-    model.save_checkpoint(tmp_path / "some.bin")
-    with pytest.raises(ValueError, match="some.bin: which tokenizer.*name it"):
-        starting_from(tmp_path / "some.bin")
-    config = starting_from(tmp_path / "some.bin", tokenizer="byte")
+    model, path = new_model(PLAIN, 257), tmp_path / "some.bin"
+    model.save_checkpoint(path)
+    refused("some.bin: which tokenizer.*name it", starting_from, path)
+    config = starting_from(path, tokenizer="byte")
     assert (config.seq_len, config.tokenizer) == (16, "byte")
     for wrong, message in (
         ({"channels": 64}, "has channels 16, not 64"),
@@ -395,11 +394,11 @@ def test_starting_from_a_file(tmp_path):
         ({"seq_len": 17}, "seq_len must be at least 1 and below 17"),
     ):
         with pytest.raises(ValueError, match=message):
-            starting_from(tmp_path / "some.bin", **wrong)
+            starting_from(path, **wrong)
     with pytest.raises(FileNotFoundError):
         starting_from(tmp_path / "none.bin")
-    (tmp_path / "some.bin").write_bytes(b"x" * 2000)
-    refused("some.bin", starting_from, tmp_path / "some.bin")
+    path.write_bytes(b"x" * 2000)
+    refused("some.bin", starting_from, path)
 
 
 # divergence
