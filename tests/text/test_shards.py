@@ -7,7 +7,7 @@ import random
 import shutil
 import sys
 import time
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 
@@ -29,8 +29,9 @@ from llmnb.text.shards import shards_folder, write_shards
 OPTIONS = {"limit": 0, "shard_tokens": 1000, "val_tokens": 0}
 
 
-@pytest.fixture(scope="module")
-def encoding():
+@cache
+def ours():
+    """The encoding of these tests, but where they name another."""
     return tokenizer.train("the cat sat on the mats, isn't it? " * 9, 270)
 
 
@@ -54,9 +55,9 @@ def tokens_of(folder):
     return np.concatenate([read_shard(x) for x in val + train])
 
 
-def make(folder, paths, encoding, workers=2, force=False, **options):
+def make(folder, paths, encoding=None, workers=2, force=False, **options):
     folder, options = shards_folder(folder, force), OPTIONS | options
-    how = encoding, options, force, workers
+    how = encoding or ours(), options, force, workers
     return [*write_shards(folder, sources(paths), *how)][-1]
 
 
@@ -65,18 +66,19 @@ def make(folder, paths, encoding, workers=2, force=False, **options):
 ALPHABET = "aest  \n\n\t\r'09.,é中🙂\u00a0\u2003\x1c\x85"
 
 
-@pytest.mark.parametrize("name", ["encoding", "gpt2"])
+@pytest.mark.parametrize("name", ["ours", "gpt2"])
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(text=st.text(ALPHABET, max_size=80) | st.text(max_size=80))
 def test_safe_cuts_keep_the_tokens(request, name, text):
-    encode = request.getfixturevalue(name).encode_ordinary
+    encoding = ours() if name == "ours" else request.getfixturevalue(name)
+    encode = encoding.encode_ordinary
     for match in documents.SAFE.finditer(text):
         p = match.end()
         assert encode(text[:p]) + encode(text[p:]) == encode(text)
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.jsonl"])
-def test_a_large_document_is_encoded_as_a_whole(tmp_path, encoding, name):
+def test_a_large_document_is_encoded_as_a_whole(tmp_path, name):
     rng = random.Random(1)
     text = "".join(rng.choices("abst é\n'", k=2_500_000))
     raw = text.encode()
@@ -85,9 +87,9 @@ def test_a_large_document_is_encoded_as_a_whole(tmp_path, encoding, name):
     (tmp_path / name).write_bytes(packed(name, raw))
     pieces = [*sources([tmp_path / name])[0].pieces()]
     assert len(pieces) > 1
-    make(tmp_path / "out", [tmp_path / name], encoding, shard_tokens=10**7)
+    make(tmp_path / "out", [tmp_path / name], shard_tokens=10**7)
     got = tokens_of(tmp_path / "out")
-    whole = corpus.encode_documents(encoding, [text])
+    whole = corpus.encode_documents(ours(), [text])
     assert np.array_equal(got, whole)
 
 
@@ -166,10 +168,10 @@ def test_a_bomb_takes_no_memory(tmp_path, ending, name):
     assert peak(read) < 120_000_000
 
 
-def begun(folder, path, encoding):
+def begun(folder, path, encoding=None):
     """A folder whose work is left after four reports."""
     place = shards_folder(folder)
-    work = write_shards(place, sources([path]), encoding, OPTIONS)
+    work = write_shards(place, sources([path]), encoding or ours(), OPTIONS)
     for _ in range(4):
         next(work)
     work.close()
@@ -201,16 +203,16 @@ def test_fuzzed_text(tmp_path_factory, name, data):
 
 
 @fuzzed(200, derandomize=True)
-def test_fuzzed_notes(tmp_path_factory, encoding, data):
+def test_fuzzed_notes(tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("fuzz")
     source = folder.parent / "fuzz-source.txt"
     if not source.exists():
         source.write_text("the cat sat. " * 400)
-    out = begun(folder / "out", source, encoding)
+    out = begun(folder / "out", source)
     note = out / shards.NOTE
     note.write_bytes(data.draw(mangled(note.read_bytes())))
     try:
-        make(out, [source], encoding)
+        make(out, [source])
     except ValueError as error:
         assert "start anew" in str(error) or "place to go" in str(error)
     except FileNotFoundError as error:
@@ -235,10 +237,10 @@ def texts(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, texts, encoding):
+def whole(tmp_path_factory, texts):
     """What nothing interrupts."""
     folder = tmp_path_factory.mktemp("whole") / "out"
-    make(folder, [texts], encoding, workers=1)
+    make(folder, [texts], workers=1)
     return folder
 
 
@@ -247,17 +249,16 @@ def small_batches(monkeypatch):
     monkeypatch.setattr(shards, "BATCH", 3000)
 
 
-def test_the_files_depend_neither_on_workers_nor_on_batches(
-    tmp_path, texts, encoding, small_batches, whole
-):
-    make(tmp_path / "five", [texts], encoding, workers=5)
+def test_workers_change_no_byte(tmp_path, texts, small_batches, whole):
+    """Nor do batches."""
+    make(tmp_path / "five", [texts], workers=5)
     assert written(tmp_path / "five") == written(whole)
-    want = corpus.encode_documents(encoding, text_of(texts))
+    want = corpus.encode_documents(ours(), text_of(texts))
     assert np.array_equal(tokens_of(whole), want)
 
 
-def test_the_sizes_and_names_of_the_shards(tmp_path, texts, encoding):
-    done = make(tmp_path / "a", [texts], encoding, val_tokens=2500)
+def test_the_sizes_and_names_of_the_shards(tmp_path, texts):
+    done = make(tmp_path / "a", [texts], val_tokens=2500)
     total = sum(count for _, count in done.shards)
     assert [x[0] for x in done.shards[:4]] == [
         "val_000000.bin", "val_000001.bin", "val_000002.bin",
@@ -267,30 +268,28 @@ def test_the_sizes_and_names_of_the_shards(tmp_path, texts, encoding):
     assert counts[:3] == [1000, 1000, 500]
     assert set(counts[3:-1]) == {1000} and counts[-1] == (total - 2500) % 1000
     out = tmp_path / "b"
-    make(out, [texts], encoding, shard_tokens=10**6)
+    make(out, [texts], shard_tokens=10**6)
     assert [*written(out)] == ["tokenizer.tiktoken", "train.bin", "val.bin"]
     assert len(read_shard(out / "val.bin")) == total // 10
     assert np.array_equal(tokens_of(tmp_path / "a"), tokens_of(out))
 
 
-def test_a_last_shard_that_is_full(tmp_path, encoding):
+def test_a_last_shard_that_is_full(tmp_path):
     (tmp_path / "a.txt").write_text("a " * 50)
-    count = len(encoding.encode_ordinary("a " * 50)) + 1
+    count = len(ours().encode_ordinary("a " * 50)) + 1
     options = {"val_tokens": count - 40, "shard_tokens": 20}
-    done = make(tmp_path / "out", [tmp_path / "a.txt"], encoding, **options)
+    done = make(tmp_path / "out", [tmp_path / "a.txt"], **options)
     assert done.shards[-1] == ["train_000001.bin", 20]
     options["shard_tokens"] = 40
-    done = make(tmp_path / "two", [tmp_path / "a.txt"], encoding, **options)
+    done = make(tmp_path / "two", [tmp_path / "a.txt"], **options)
     assert done.shards[-1] == ["train.bin", 40]
 
 
-def test_stopped_after_every_report(
-    tmp_path, texts, encoding, small_batches, whole
-):
+def test_stopped_after_every_report(tmp_path, texts, small_batches, whole):
     found, stops, left = sources([texts]), 0, True
     while left:
         folder = shards_folder(tmp_path / "parts")
-        work = write_shards(folder, found, encoding, OPTIONS, workers=2)
+        work = write_shards(folder, found, ours(), OPTIONS, workers=2)
         stops += 1
         list(islice(work, 3 if stops < 40 else None))
         work.close()
@@ -320,10 +319,10 @@ for _ in work: pass
 
 
 @pytest.mark.parametrize("place", ["before", "after"])
-def test_killed_at_every_renaming(tmp_path, texts, encoding, place):
+def test_killed_at_every_renaming(tmp_path, texts, place):
     options = OPTIONS | {"shard_tokens": 12_000}
-    tokenizer.save(encoding, tmp_path / "ranks")
-    make(tmp_path / "whole", [texts], encoding, **options)
+    tokenizer.save(ours(), tmp_path / "ranks")
+    make(tmp_path / "whole", [texts], **options)
     renames = 2 + 2 * (len(written(tmp_path / "whole")) - 1)
     for left in range(1, renames + 2):
         out = tmp_path / f"out{left}"
@@ -332,66 +331,62 @@ def test_killed_at_every_renaming(tmp_path, texts, encoding, place):
         got = python(code, left, place).returncode
         assert got == (9 if left <= renames else 0)
         if got:
-            make(out, [texts], encoding, **options)
+            make(out, [texts], **options)
         assert written(out) == written(tmp_path / "whole")
 
 
 # what is refused
 
 
-def test_a_restart_with_other_options_is_refused(tmp_path, texts, encoding):
+def test_a_restart_with_other_options_is_refused(tmp_path, texts):
     """Or with other shards than it has written."""
-    out = begun(tmp_path / "out", texts, encoding)
+    out = begun(tmp_path / "out", texts)
     before = written(out)
     with pytest.raises(ValueError, match="shard_tokens 1000, not 2000"):
-        make(out, [texts], encoding, shard_tokens=2000)
+        make(out, [texts], shard_tokens=2000)
     refused("the tokenizer has changed", make, out, [texts], tokenizer.byte())
     assert written(out) == before
     write_shard(out / "val_000000.bin", [1, 2, 3])
-    refused(r"val_000000\.bin must have 1000", make, out, [texts], encoding)
+    refused(r"val_000000\.bin must have 1000", make, out, [texts])
     (out / "val_000000.bin").unlink()
     with pytest.raises(FileNotFoundError, match=r"val_000000\.bin"):
-        make(out, [texts], encoding)
+        make(out, [texts])
 
 
-def test_another_corpus_on_restart_is_refused(tmp_path, encoding):
+def test_another_corpus_on_restart_is_refused(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("the cat sat on the mat. " * 900)
-    out = begun(tmp_path / "out", path, encoding)
+    out = begun(tmp_path / "out", path)
     path.write_text("the cat sat on the hat. " * 900)
     os.utime(path, ns=(1, 1))
-    refused("the corpus has changed", make, out, [path], encoding)
-    make(out, [path], encoding, force=True)
-    make(tmp_path / "anew", [path], encoding)
+    refused("the corpus has changed", make, out, [path])
+    make(out, [path], force=True)
+    make(tmp_path / "anew", [path])
     assert written(out) == written(tmp_path / "anew")
 
 
-def test_a_folder_of_another_process_is_refused(
-    tmp_path, texts, encoding, whole
-):
-    out, found = begun(tmp_path / "out", texts, encoding), sources([texts])
+def test_a_folder_of_another_process_is_refused(tmp_path, texts, whole):
+    out, found = begun(tmp_path / "out", texts), sources([texts])
     before = written(out)
     with held(out) as process:
         says = f"is in use by process {process.pid} on "
         for force in (False, True):
             folder = shards_folder(out, force)
             with pytest.raises(BlockingIOError, match=says):
-                next(write_shards(folder, found, encoding, OPTIONS, force))
+                next(write_shards(folder, found, ours(), OPTIONS, force))
         assert (written(out) | {".lock": b""}) == before | {".lock": b""}
     full = shutil.copytree(whole, tmp_path / "full")
     with held(full), pytest.raises(FileExistsError, match="is in use by proc"):
         shards_folder(full)
 
 
-def test_the_newer_work_of_a_process_has_the_folder(
-    tmp_path, texts, encoding, whole
-):
+def test_the_newer_work_of_a_process_has_the_folder(tmp_path, texts, whole):
     folder, found = shards_folder(tmp_path / "out"), sources([texts])
-    late = write_shards(folder, found, encoding, OPTIONS)
-    older = write_shards(folder, found, encoding, OPTIONS)
+    late = write_shards(folder, found, ours(), OPTIONS)
+    older = write_shards(folder, found, ours(), OPTIONS)
     for _ in range(4):
         next(older)
-    list(write_shards(folder, found, encoding, OPTIONS))
+    list(write_shards(folder, found, ours(), OPTIONS))
     with pytest.raises(BlockingIOError, match="taken up anew, by this proce"):
         list(older)
     # who has looked before, and takes it up when it is filled
@@ -400,18 +395,16 @@ def test_the_newer_work_of_a_process_has_the_folder(
     assert written(folder) == written(whole)
 
 
-def test_force_removes_the_old_shards_and_nothing_else(
-    tmp_path, texts, encoding, whole
-):
+def test_force_removes_the_old_shards_and_nothing_else(tmp_path, texts, whole):
     """An error leaves them."""
     out = shutil.copytree(whole, tmp_path / "out")
     (tmp_path / "bad.jsonl").write_text("{")
     with pytest.raises(ValueError, match="must be JSON"):
-        make(out, [tmp_path / "bad.jsonl"], encoding, force=True)
+        make(out, [tmp_path / "bad.jsonl"], force=True)
     assert written(out) == written(whole)
     (out / "notes.txt").write_text("mine")
     (out / "my_train_000001.bin").write_text("mine too")
-    make(out, [texts], encoding, force=True, shard_tokens=10**6)
+    make(out, [texts], force=True, shard_tokens=10**6)
     assert sorted(written(out)) == [
         "my_train_000001.bin", "notes.txt", "tokenizer.tiktoken",
         "train.bin", "val.bin",
@@ -426,12 +419,12 @@ def test_force_removes_the_old_shards_and_nothing_else(
     ({"val_tokens": 10**6}, "all of them for validation"),
     ({"limit": 3}, "validation must lie between 0 and"),
 ])  # fmt: skip
-def test_bad_options(tmp_path, texts, encoding, options, message):
+def test_bad_options(tmp_path, texts, options, message):
     with pytest.raises(ValueError, match=message):
-        make(tmp_path / "out", [texts], encoding, **options)
+        make(tmp_path / "out", [texts], **options)
     (tmp_path / "a.txt").write_text("")
     with pytest.raises(ValueError, match="no text in the corpus"):
-        make(tmp_path / "out", [tmp_path / "a.txt"], encoding)
+        make(tmp_path / "out", [tmp_path / "a.txt"])
 
 
 def test_memory_does_not_grow_with_the_text(tmp_path, texts):
