@@ -40,18 +40,15 @@ def pack(recorded, tmp_path):
     """A starter pack of the recorded model, and its arrays."""
     a = recorded
     weights = [a[f"initial.{n}"].astype("<f4").tobytes() for n in NAMES]
-    (tmp_path / "m.bin").write_bytes(
-        header(20240326, 3, 19, V, 3, 7, 21, 128) + b"".join(weights)
-    )
+    raw = header(20240326, 3, 19, V, 3, 7, 21, 128) + b"".join(weights)
+    (tmp_path / "m.bin").write_bytes(raw)
     tokens = a["tokens"].astype("<i4")
-    (tmp_path / "m_debug_state.bin").write_bytes(
-        header(20240327, 2, B, T)
-        + tokens[:, :-1].tobytes()
-        + tokens[:, 1:].tobytes()
-        + a["logits.fp32"].astype("<f4").tobytes()
-        + np.float32(a["losses.fp32"][0]).tobytes()
-        + b"".join(a[f"grads.fp32.{n}"].astype("<f4").tobytes() for n in NAMES)
-    )
+    held = [tokens[:, :-1], tokens[:, 1:]]
+    floats = [a["logits.fp32"], a["losses.fp32"][0]]
+    floats += [a[f"grads.fp32.{n}"] for n in NAMES]
+    held += [np.asarray(x, "<f4") for x in floats]
+    raw = header(20240327, 2, B, T) + b"".join(x.tobytes() for x in held)
+    (tmp_path / "m_debug_state.bin").write_bytes(raw)
     losses = "".join(f"{x:.6f}\n" for x in a["losses.fp32"])
     (tmp_path / "m_losses.txt").write_text(losses)
     return tmp_path
