@@ -70,9 +70,8 @@ def test_a_resumed_run_is_the_straight_run(tmp_path, family, backend):
     [(x, write_json, "json", (0, 1)) for x in FAMILIES]
     + [("llama", write_sentencepiece, "model", (1, 2))],
 )
-def test_a_family_is_tuned_with_its_own_tokenizer(
-    tmp_path, corpus, family, tokenizer, name, ends
-):
+def test_a_family_is_tuned(tmp_path, corpus, family, tokenizer, name, ends):
+    """With its own tokenizer."""
     init = write_llama(tmp_path / "hub", family, tokenizer)
     config = starting_from(init, **corpus, **QUICK)
     assert config.tokenizer == str(init / f"tokenizer.{name}")

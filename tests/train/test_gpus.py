@@ -75,11 +75,6 @@ def steps(group, config=RUN, over="", count=1):
     return said, to_host(model.memory.flat("params")), group.sent
 
 
-def derived(size, ranks, blocks):
-    """Bytes of all ranks in a step (6.5.1)."""
-    return 4 * (ranks - 1) * (size * (blocks + 1) + 256)
-
-
 @pytest.fixture(scope="module")
 def one():
     return rehearse(1, steps)[0]
@@ -89,8 +84,9 @@ def check_bits(found, one):
     """The numbers are those of one, and so many bytes are sent."""
     assert all(said == one[0] for said, *_ in found)
     assert all(np.array_equal(weights, one[1]) for _, weights, _ in found)
-    ranks = len(found)
-    want = derived(one[1].size, ranks, {1: 2, 2: 2, 3: 1}[ranks])
+    ranks, size = len(found), one[1].size
+    blocks = {1: 2, 2: 2, 3: 1}[ranks]
+    want = 4 * (ranks - 1) * (size * (blocks + 1) + 256)  # (6.5.1)
     assert sum(sent for *_, sent in found) == want
     return want
 

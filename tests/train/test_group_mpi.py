@@ -21,14 +21,11 @@ from processes import ROOT, wait_for
 
 MPIRUN = Path(sys.executable).with_name("mpirun")
 HERE = importlib.util.find_spec("mpi4py") and MPIRUN.exists()
+NONE = "no mpi4py and mpirun here: pip install llmnb[mpi]"
+PROC = Path("/proc/self/environ").exists()
 pytestmark = [
-    pytest.mark.skipif(
-        not HERE, reason="no mpi4py and mpirun here: pip install llmnb[mpi]"
-    ),
-    pytest.mark.skipif(
-        not Path("/proc/self/environ").exists(),
-        reason="ranks are found in /proc",
-    ),
+    pytest.mark.skipif(not HERE, reason=NONE),
+    pytest.mark.skipif(not PROC, reason="ranks are found in /proc"),
 ]
 OPTIONS = (
     "-m llmnb.cli train --tokenizer byte --limit 30000 --num-layers 1 "
@@ -40,7 +37,7 @@ TRAIN = [*OPTIONS.split(), "--corpus", LIBRARY, "--threads", 1]
 LIMIT = 10  # seconds in which all ranks must be gone
 
 
-def ranks(*commands, tcp=False):
+def ranks(*commands):
     """Start mpirun with some (count, environment, arguments of Python).
 
     Returns its Popen, and the mark by which its ranks are found.
@@ -48,7 +45,6 @@ def ranks(*commands, tcp=False):
     mark = uuid.uuid4().hex
     line = [MPIRUN, "--oversubscribe", "--bind-to", "none"]
     line += ["--allow-run-as-root"] if os.getuid() == 0 else []
-    line += ["--mca", "btl", "tcp,self"] if tcp else []
     for count, where, args in commands:
         pairs = [f"{name}={value}" for name, value in where.items()]
         line += ["-n", count, "env", *pairs, sys.executable, *args, ":"]
@@ -60,9 +56,9 @@ def ranks(*commands, tcp=False):
     return process, mark
 
 
-def run(*commands, **how):
+def run(*commands):
     """Run to the end: its code, and all that it wrote."""
-    process, mark = ranks(*commands, **how)
+    process, mark = ranks(*commands)
     out, err = process.communicate(timeout=300)
     assert not found(mark)
     return process.returncode, out + err
@@ -103,11 +99,8 @@ def found(mark):
             continue
         name = b"OMPI_COMM_WORLD_RANK="
         rank = [x[len(name) :] for x in words if x.startswith(name)]
-        if (
-            f"LLMNB_MARK={mark}".encode() in words
-            and rank
-            and "Z" not in state
-        ):
+        marked = f"LLMNB_MARK={mark}".encode() in words
+        if marked and rank and "Z" not in state:
             pids[int(rank[0])] = int(path.parent.name)
     return pids
 
@@ -316,13 +309,12 @@ def test_gpus_have_the_bits_of_one(over, one_gpu, nccl_path, tmp_path):
     assert kept(tmp_path / "a") == kept(one_gpu)
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("nvidia.nccl")
-    if importlib.util.find_spec("nvidia")
-    else False,
-    reason="there is an NCCL",
-)
 def test_gpus_without_nccl_end_with_one_error(tmp_path):
+    for name in "nvidia", "nvidia.nccl":  # the second is looked for in it
+        if not importlib.util.find_spec(name):
+            break
+    else:
+        pytest.skip("there is an NCCL")
     args = [*ON_GPU, "--group", "nccl", "--out", tmp_path / "a"]
     said = refused((2, SIMULATED, args))
     assert "needs NCCL" in said and "--group mpi" in said
@@ -414,10 +406,8 @@ def scored(one, tmp_path_factory):
     folder = tmp_path_factory.mktemp("eval")
     (folder / "a.txt").write_text("def spam(eggs):\n    return eggs\n" * 20)
     ends = ["sat on it", "ate", "went away again", "is not here"]
-    lines = [
-        json.dumps({"ctx": "The cat", "label": k % 4, "endings": ends})
-        for k in range(5)
-    ]
+    example = {"ctx": "The cat", "endings": ends}
+    lines = [json.dumps(example | {"label": k % 4}) for k in range(5)]
     (folder / "a.jsonl").write_text("\n".join(lines))
     args = ["-m", "llmnb.cli", "eval", one, "--threads", 1]
     args += ["--text", folder / "a.txt", "--hellaswag", folder / "a.jsonl"]

@@ -4,7 +4,8 @@ import gzip
 import json
 import math
 from dataclasses import asdict, replace
-from itertools import islice
+from itertools import count, cycle, islice
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -34,8 +35,8 @@ from llmnb.train.options import TrainConfig, depth_shape
 from llmnb.train.start import new_model
 
 
-def tiny_data(count=2000):
-    text = b"for i in range(10):\n    print(i)\n" * (count // 30)
+def tiny_data():
+    text = b"for i in range(10):\n    print(i)\n" * 66
     tokens = np.frombuffer(text, np.uint8).astype(np.uint16)
     return Data(tokenizer.byte(), tokens[300:], tokens[:300], "a test")
 
@@ -159,14 +160,14 @@ def test_prepare_json_lines(tmp_path):
         prepare(config)
     said = "; passed over: bad records 1"
     more = "; <|endoftext|> as ordinary text: 50 (--endoftext takes it as the"
-    for endoftext, count, end in (
+    for endoftext, number, end in (
         (False, 2, f"1,900 characters{said}{more} token)"),
         (True, 52, f"1,900 characters{said}"),
     ):
         data = prepare(replace(config, skip_bad=True, endoftext=endoftext))
         assert data.source.endswith(f"2 documents, {end}")
         tokens = np.concatenate([data.val_tokens, data.train_tokens])
-        assert (tokens == data.encoding.eot_token).sum() == count
+        assert (tokens == data.encoding.eot_token).sum() == number
     learnt = [data.encoding.decode([i]) for i in range(256, 269)]
     assert not any(x in "<|endoftext|>" for x in learnt if len(x) > 2)
 
@@ -250,15 +251,9 @@ def test_evaluate_reads_the_same_batches():
     assert first == pytest.approx(np.mean(losses))
 
 
-class Same:
-    """Feeds one batch, or some in turn."""
-
-    def __init__(self, *batch):
-        self.batches = [batch]
-
-    def next_batch(self):
-        self.batches.append(self.batches.pop(0))
-        return self.batches[-1]
+def feeding(*batches):
+    """A loader that gives some batches in turn."""
+    return SimpleNamespace(next_batch=cycle(batches).__next__)
 
 
 # accumulation
@@ -270,12 +265,11 @@ def test_accumulated_gradients_are_those_of_one_batch(backend, rows):
     config = replace(PLAIN, precision="fp64", backend=backend, batch_size=6)
     tokens = np.random.RandomState(rows).randint(0, 257, (2, 6, 16))
     one = new_model(config, 257)
-    loss = accumulate(config, one, Same(*tokens))
+    loss = accumulate(config, one, feeding(tokens))
     parts = replace(config, batch_size=rows, total_batch=6 * 16)
     assert parts.micro_batches == 6 // rows
-    feed = Same()
     pieces = (np.split(x, 6 // rows) for x in tokens)
-    feed.batches = list(zip(*pieces, strict=True))
+    feed = feeding(*zip(*pieces, strict=True))
     some = new_model(parts, 257)
     assert accumulate(parts, some, feed) == pytest.approx(loss, abs=1e-12)
     ours, want = (m.memory.flat("grads") for m in (some, one))
@@ -312,18 +306,11 @@ def test_z_score():
     assert z_score([2.0, 2.0], 9.0) == 0
 
 
-class Shouting:
+def shouting(batches, at):
     """A loader whose batch number `at` is random."""
-
-    def __init__(self, batches, at):
-        self.batches, self.left = batches, at
-
-    def next_batch(self):
-        batch, self.left = self.batches.next_batch(), self.left - 1
-        if self.left == -1:
-            rng = np.random.RandomState(1)
-            return rng.randint(0, 257, (2, *batch[0].shape))
-        return batch
+    noise = np.random.RandomState(1).randint(0, 257, (2, 2, 16))
+    given = (noise if k == at else batches.next_batch() for k in count())
+    return SimpleNamespace(next_batch=given.__next__)
 
 
 @pytest.mark.parametrize("name", ["skip_loss", "skip_norm"])
@@ -331,7 +318,7 @@ def test_an_outlier_is_skipped(name):
     config = replace(PLAIN, steps=60, skip_window=20, clip=0.0, **{name: 8.0})
     model, batches = new_model(config, 257), loaders(config, tiny_data())[0]
     at, weights, moments = Progress(), [], []
-    for s in train(config, model, Shouting(batches, 50), at=at):
+    for s in train(config, model, shouting(batches, 50), at=at):
         weights.append(model.memory.flat("params").copy())
         moments.append(model.memory.flat("m").copy())
         assert s.skipped == (s.step == 50)
@@ -346,10 +333,10 @@ def test_an_outlier_is_skipped(name):
 def test_bias_correction_counts_the_updates():
     """A skipped step leaves no trace but in the schedule."""
     config = replace(PLAIN, schedule="constant", warmup_fraction=0.0)
-    x, y = loaders(config, tiny_data())[0].next_batch()
+    feed = feeding(loaders(config, tiny_data())[0].next_batch())
     one, two = new_model(config, 257), new_model(config, 257)
-    train_step(config, one, Same(x, y), Progress())
-    train_step(config, two, Same(x, y), Progress(step=7, updates=0))
+    train_step(config, one, feed, Progress())
+    train_step(config, two, feed, Progress(step=7, updates=0))
     assert np.array_equal(*(m.memory.flat("params") for m in (one, two)))
 
 
