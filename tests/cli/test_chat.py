@@ -34,14 +34,6 @@ STRICT = (
 GREEDY = 0.0, None, None
 
 
-def save_tokenizer(folder):
-    """A tokenizer.json of single bytes, its ends, and a template."""
-    theirs = byte_level(markup=MARKUP, size=259)
-    theirs.save(str(folder / "tokenizer.json"))
-    said = {"eos_token": "<|im_end|>", "chat_template": CHATML}
-    (folder / "tokenizer_config.json").write_text(json.dumps(said))
-
-
 def saying(params, tokens):
     """Give logits of all but some tokens that are far below theirs."""
     params["lnfb"][0], params["wte"][:, 0] = 10.0, 0
@@ -56,13 +48,15 @@ def never_ending(params, encoding):
 
 
 def folder_of(folder, length=256, change=never_ending):
-    """A model folder with a template; its answers are letters."""
+    """A model of single bytes with a template; its answers are letters."""
     cfg = GPT2Config(length, 259, 1, 2, 16)
     model = GPT2(cfg, 1, 8, "reference", seed=3)
     folder.mkdir()
-    save_tokenizer(folder)
-    encoding = open_encoding(str(folder))
-    change(model.params, encoding)
+    theirs = byte_level(markup=MARKUP, size=259)
+    theirs.save(str(folder / "tokenizer.json"))
+    said = {"eos_token": "<|im_end|>", "chat_template": CHATML}
+    (folder / "tokenizer_config.json").write_text(json.dumps(said))
+    change(model.params, open_encoding(str(folder)))
     write_folder(folder, cfg, model.params)
     return folder
 
@@ -75,11 +69,6 @@ def talker(tmp_path):
 def conversation(folder, system="", template=CHATML):
     model = GPT2.from_checkpoint(folder, 1, 256, "reference")
     return Conversation(model, open_encoding(str(folder)), template, system)
-
-
-def token(talk, markup):
-    (found,) = talk.encoding.encode(markup, allowed_special="all")
-    return found
 
 
 def said(talk, question, count=5, settings=GREEDY, seed=1):
@@ -104,7 +93,8 @@ def test_an_answer_follows_the_whole_conversation(talker):
     assert text.startswith("<|im_start|>system\nbe brief<|im_end|>\n")
     assert text.endswith("user\nmore<|im_end|>\n<|im_start|>assistant\n")
     assert f"assistant\n{first.strip()}<|im_end|>" in text
-    assert ids.count(token(talk, "<|im_end|>")) == 6
+    (end,) = talk.encoding.encode("<|im_end|>", allowed_special="all")
+    assert ids.count(end) == 6
     assert told[-1] == {"role": "user", "content": "more"}
 
 
@@ -148,11 +138,9 @@ def test_the_oldest_messages_are_forgotten_when_the_context_is_full(talker):
     assert "question 0" not in text
     assert told[0]["role"] == "user"
     # another question and answer would not have fitted
-    pair = talk.encoding.encode(
-        "<|im_start|>user\nquestion 1<|im_end|>\n"
-        "<|im_start|>assistant\nabcde<|im_end|>\n",
-        allowed_special="all",
-    )
+    pair = "<|im_start|>user\nquestion 1<|im_end|>\n"
+    pair += "<|im_start|>assistant\nabcde<|im_end|>\n"
+    pair = talk.encoding.encode(pair, allowed_special="all")
     assert len(ids) + 5 + len(pair) > talk.model.seq_len
     assert sum(x.startswith("user: ") for x in talk.log) == 6
 
@@ -189,7 +177,7 @@ def test_a_new_conversation_remembers_nothing(talker):
     assert said(talk, "hello", 20) == first
 
 
-def test_a_template_that_wants_no_system_says_so_before_the_first_question(
+def test_a_template_that_wants_no_system_says_so_at_once(
     talker,
 ):
     with pytest.raises(ValueError, match="template fails: no system here"):

@@ -13,9 +13,7 @@ from llmnb.model.gpt2 import GPT2
 SHORT = [*SMALL.split(), "--turn", 0]
 
 
-def test_a_picture_that_fails_costs_no_measurement(
-    llmnb, tmp_path, monkeypatch
-):
+def test_a_picture_that_fails_costs_nothing(llmnb, tmp_path, monkeypatch):
     savefig = "matplotlib.figure.Figure.savefig"
     monkeypatch.setattr(savefig, raising(OSError, "no font"))
     files = ["--json", "a.json", "--plot", "a.png"]

@@ -89,10 +89,8 @@ def test_the_corpus_is_not_written_into(llmnb, tmp_path, monkeypatch, corpus):
     assert [x.name for x in Path().iterdir()] == ["a.txt"]
 
 
-def test_bad_records_and_the_special_token_in_every_command(
-    llmnb, done, failed, tmp_path
-):
-    """And train, data and eval read the same documents."""
+def test_bad_records_and_the_special_token(llmnb, done, failed, tmp_path):
+    """In every command; train, data and eval read the same documents."""
     text = "spam<|endoftext|>eggs. " * 300
     lines = [json.dumps({"body": text})] * 2 + ["[", '{"body": null}']
     with gzip.open(tmp_path / "a.jsonl.gz", "wt") as file:
@@ -123,10 +121,8 @@ def test_bad_records_and_the_special_token_in_every_command(
     assert (code, err) == (0, "")
 
 
-def test_a_million_blanks_in_every_command(
-    llmnb, done, tmp_path, trained, monkeypatch
-):
-    """Kinds of blanks, and their tokens, are tests/text's."""
+def test_a_million_blanks(llmnb, done, tmp_path, trained, monkeypatch):
+    """In every command; kinds of blanks and their tokens: tests/text."""
     text = "spam and eggs. " * 99 + " " * 1_000_000 + "end"
     (tmp_path / "a.txt").write_text(text)
     out = done("data", "out", "--corpus", "a.txt", *BYTES)

@@ -23,9 +23,8 @@ def text(tmp_path):
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_is_tuned_measured_and_writes(
-    done, tmp_path, text, family, backend
-):
+def test_every_family_tuned_and_used(done, tmp_path, text, family, backend):
+    """And measured; its texts do not depend on the backend."""
     hub = write_llama(tmp_path / "hub", family)
     how = TUNE.replace("reference", backend).split()
     how += ["--init", hub, "--out", "run", "--total-batch", 16]
@@ -41,9 +40,8 @@ def test_every_family_is_tuned_measured_and_writes(
 
 
 @pytest.mark.parametrize("begins", [True, False])
-def test_a_prompt_and_a_text_begin_as_the_tokenizer_says(
-    done, tmp_path, text, begins, monkeypatch
-):
+def test_how_a_text_begins(done, tmp_path, text, begins, monkeypatch):
+    """As the tokenizer says, in a prompt and where it is measured."""
     hub = write_llama(tmp_path / "hub", begins=begins)
     encoding, seen = open_encoding(hub), []
     whole = command.generate_samples

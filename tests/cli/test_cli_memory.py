@@ -20,9 +20,8 @@ from llmnb.model.gpt2 import GPT2
     ("eval {run} --text big.txt", "a smaller batch_size"),
     ("bench --steps 1 --turn 0 " + SMALL, "fewer precisions"),
 ])  # fmt: skip
-def test_too_little_memory_is_one_line(
-    failed, trained, tmp_path, free, command, says
-):
+def test_too_little_memory(failed, trained, tmp_path, free, command, says):
+    """It is said in one line, and nothing is changed."""
     (tmp_path / "big.txt").write_text("spam " * 5000)
     free(20_000)
     before = {x: x.stat().st_mtime for x in trained.iterdir()}

@@ -88,9 +88,8 @@ def test_tracebacks_on_request(llmnb, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["pipe", "terminal", "full"])
-def test_training_goes_on_when_nobody_reads(
-    llmnb, tmp_path, monkeypatch, kind
-):
+def test_it_trains_when_nobody_reads(llmnb, tmp_path, monkeypatch, kind):
+    """Training goes on, and its folder is whole."""
     for name in ("stdout", "stderr"):
         monkeypatch.setattr(sys, name, broken(kind))
     ask = [*TINY.split(), "--sample-every", 2]
@@ -123,10 +122,9 @@ FULL = "llmnb: error: standard output: No space left on device\n"
 
 @pytest.mark.parametrize("name", OTHERS)
 @pytest.mark.parametrize("kind, end", [("pipe", 141), ("full", 1)])
-def test_a_result_that_cannot_be_written_ends_other_commands(
-    llmnb, trained, monkeypatch, name, kind, end
-):
-    """Quietly, if its reader went away, else with one error."""
+def test_a_lost_result_ends_it(llmnb, trained, monkeypatch, name, kind, end):
+    """A command other than train, whose result cannot be written: quietly,
+    if its reader went away, else with one error."""
     monkeypatch.setattr(sys, "stdout", broken(kind))
     args = OTHERS[name].format(run=trained).split()
     assert llmnb(*args) == (end, "", FULL if kind == "full" else "")
@@ -172,9 +170,9 @@ def test_closed_streams_leave_no_place_for_files(trained, tmp_path):
     assert number and int(number[1]) > 2
 
 
-def test_characters_that_a_stream_lacks_are_escaped(
-    llmnb, trained, tmp_path, monkeypatch
-):
+def test_characters_are_escaped(llmnb, trained, tmp_path, monkeypatch):
+    """Those that a stream lacks."""
+
     def bytes_of(*args):
         out = io.TextIOWrapper(io.BytesIO(), "cp1252", newline="\n")
         monkeypatch.setattr(sys, "stdout", out)

@@ -63,9 +63,7 @@ def hangup():
 @pytest.mark.parametrize(
     "names", ["SIGINT", "SIGTERM", "SIGHUP SIGHUP", "SIGINT SIGHUP"]
 )
-def test_a_signal_saves_and_the_run_goes_on(
-    llmnb, done, tmp_path, monkeypatch, hangup, names
-):
+def test_a_signal_saves(llmnb, done, tmp_path, monkeypatch, hangup, names):
     """A closed terminal saves, though it or another signal came before."""
     numbers = [getattr(signal, name) for name in names.split()]
     done("train", "--out", "whole", *TINY.split())
@@ -96,9 +94,7 @@ def test_nohup_goes_on(llmnb, tmp_path, monkeypatch, hangup):
     assert signal.getsignal(SIGHUP) == signal.SIG_IGN
 
 
-def test_a_signal_while_the_model_is_saved_waits_for_it(
-    llmnb, tmp_path, monkeypatch
-):
+def test_a_signal_waits_while_it_saves(llmnb, tmp_path, monkeypatch):
     whole = GPT2.save_checkpoint
 
     def interrupted(*args):

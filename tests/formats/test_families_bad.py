@@ -51,9 +51,7 @@ KEYS = [
 
 @pytest.mark.parametrize("family", FAMILIES)
 @fuzzed(250)
-def test_a_config_json_of_junk_is_an_answer_or_one_error(
-    folders, family, data
-):
+def test_a_config_json_of_junk_is_read_or_one_error(folders, family, data):
     """Values of every kind in the place of every setting."""
     path = folders / f"{family}-cut" / "config.json"
     raw = path.read_bytes()
@@ -72,7 +70,7 @@ def test_a_config_json_of_junk_is_an_answer_or_one_error(
 
 
 @fuzzed(250)
-def test_a_record_of_junk_is_an_answer_or_one_error(folders, data):
+def test_a_record_of_junk_is_read_or_one_error(folders, data):
     path = folders / "gemma3_text" / "junk.safetensors"
     file = TensorFile(path.with_name("model.safetensors"))
     record = json.loads(file.metadata[RECORD])

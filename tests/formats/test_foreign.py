@@ -289,9 +289,7 @@ def twice(keys):
     (begin(999), "not whole"), (begin("1"), "not whole"),
     (twice, "a token comes twice"),
 ])  # fmt: skip
-def test_tables_that_make_no_tokenizer_are_refused(
-    change, says, theirs, tmp_path
-):
+def test_tables_that_make_no_tokenizer(change, says, theirs, tmp_path):
     refused(says, foreign_gguf, in_gguf(tmp_path, theirs, change))
 
 

@@ -6,7 +6,6 @@ import time
 from pathlib import Path
 
 import pytest
-import tiktoken
 from fuzz import header, refused
 from spelling import merges_of, own_files, tokenizer_bin, tokens_of, vocab_of
 
@@ -26,6 +25,7 @@ from llmnb.formats.vocabulary import (
 )  # fmt: skip
 from llmnb.model.gpt2 import GPT2
 from llmnb.text import tokenizer
+from llmnb.text.bpe import from_tokens
 
 CFG = GPT2Config(8, 258, 1, 2, 32)
 
@@ -114,9 +114,7 @@ def test_a_models_own_vocabulary(tmp_path, trained, before, behind, kind):
     assert ours.n_vocab == 270 - bool(before) + len(before)
 
 
-def test_a_run_keeps_such_a_vocabulary_with_one_special_token(
-    tmp_path, trained
-):
+def test_a_run_keeps_a_vocabulary_with_one_special_token(tmp_path, trained):
     kept = tmp_path / "tokenizer.tiktoken"
     for before in [], ["<|endoftext|>"]:
         ours = read_vocab(own_files(tmp_path, trained, before))
@@ -314,10 +312,7 @@ def test_the_bytes_are_llm_cs(trained, tmp_path):
 
 
 def test_a_long_token_is_not_written(tmp_path):
-    ranks = {bytes([i]): i for i in range(256)} | {b"x" * 256: 256}
-    long = tiktoken.Encoding(
-        "long", pat_str=".", mergeable_ranks=ranks, special_tokens={}
-    )
+    long = from_tokens("long", [*BYTES, b"x" * 256])
     with pytest.raises(ValueError, match="number 256 has 256"):
         write_tokenizer(tmp_path / "t.bin", long)
     assert not list(tmp_path.iterdir())

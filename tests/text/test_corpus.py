@@ -433,9 +433,8 @@ def test_a_download_that_is_none(play, server, reply, status, error, says):
 
 
 @pytest.mark.parametrize("there", [True, False])
-def test_folder_of_the_environment_comes_first(
-    play, server, monkeypatch, tmp_path, there
-):
+def test_a_named_folder_is_first(play, server, monkeypatch, tmp_path, there):
+    """The environment's comes before the cache and the web."""
     if there:
         (tmp_path / "tinyshakespeare.txt").write_text(PLAY)
     monkeypatch.setenv("LLMNB_DATA", str(tmp_path))

@@ -18,6 +18,14 @@ from llmnb.text import bpe, tokenizer
 # files
 
 
+def single_bytes(special=(), pattern="."):
+    """An encoding of the single bytes; special: text to number."""
+    return tiktoken.Encoding(
+        "single", pat_str=pattern, special_tokens=dict(special),
+        mergeable_ranks={bytes([i]): i for i in range(256)},
+    )  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def story():
     return tokenizer.train(STORY, 330)
@@ -38,10 +46,7 @@ def test_save_replaces_and_leaves_the_old_file_when_it_fails(story, tmp_path):
     path = tmp_path / "a.tiktoken"
     tokenizer.save(story, path)
     before = path.read_bytes()
-    ranks, stop = {bytes([i]): i for i in range(256)}, {"<|stop|>": 256}
-    other = tiktoken.Encoding(
-        "other", pat_str=".", mergeable_ranks=ranks, special_tokens=stop
-    )
+    other = single_bytes(special={"<|stop|>": 256})
     with pytest.raises(ValueError, match=r"the last rank, got \['<|stop|>'\]"):
         tokenizer.save(other, path)
     assert path.read_bytes() == before
@@ -101,10 +106,7 @@ RUNS = st.text("ab'.1 \n\t\u00a0\u3000\x1c\x85   ", max_size=60)
 
 
 def test_what_counts_as_a_blank_is_what_tiktoken_counts():
-    single = {bytes([i]): i for i in range(256)}
-    one = tiktoken.Encoding(
-        "one", pat_str=r"\s", mergeable_ranks=single, special_tokens={}
-    )
+    one = single_bytes(pattern=r"\s")
     every = map(chr, [*range(0xD800), *range(0xE000, 0x110000)])
     assert {x for x in every if one.encode_ordinary(x)} == {*tokenizer.SPACES}
 
