@@ -10,12 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from llamas import begin_with, byte_level, sentencepiece, write_gguf
 
-from llmnb.formats.foreign import (
-    foreign_gguf,
-    foreign_json,
-    foreign_sentencepiece,
-    open_foreign,
-)
+from llmnb.formats.foreign import foreign_gguf, foreign_json, open_foreign
 from llmnb.formats.vocabulary import open_encoding
 
 pytest.importorskip("tokenizers")
@@ -191,7 +186,7 @@ def test_a_sentencepiece_without_an_end_is_refused(tmp_path):
     path = tmp_path / "tokenizer.model"
     lines = TEXT.splitlines()
     path.write_bytes(sentencepiece(lines, vocab_size=80, eos_id=-1))
-    refused("token -1, which is none of 80", foreign_sentencepiece, path)
+    refused("token -1, which is none of 80", open_foreign, path)
 
 
 # what a GGUF file holds

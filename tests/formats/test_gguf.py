@@ -12,15 +12,8 @@ from hypothesis import strategies as st
 from llamas import write_gguf
 
 import llmnb
+from llmnb.formats import gguf as ours
 from llmnb.formats.checkpoint import open_model
-from llmnb.formats.gguf import (
-    GGUFFile,
-    gguf_config,
-    gguf_name,
-    half_split,
-    interleaved,
-    open_gguf,
-)
 from llmnb.formats.published import pieces
 from llmnb.model.tensors import full_shape, parameter_shapes, tensor_table
 from llmnb.reference.rotary import rope_frequencies
@@ -72,10 +65,10 @@ def tensors(cfg, params):
     """Name there -> array, in llama.cpp's order of rows."""
     found = {}
     for published, place in pieces(cfg).items():
-        x, name = place.of(params), gguf_name(published, cfg)
+        x, name = place.of(params), ours.gguf_name(published, cfg)
         if KINDS[cfg.family] == "llama" and ".attn_" in name:
             turned = name.endswith(("attn_q.weight", "attn_k.weight"))
-            x = interleaved(x, cfg.head_size) if turned else x
+            x = ours.interleaved(x, cfg.head_size) if turned else x
         if name.endswith("norm.weight"):
             x = x + np.float32(cfg.offset)
         found[name] = np.ascontiguousarray(x)
@@ -135,7 +128,7 @@ def test_a_family_written_as_llama_cpp_does_is_read_back(name, tmp_path):
     assert np.abs(again.logits - want["fp64.logits"]).max() < 1e-5
     if name == "llama2":  # rows in another order would show
         for x in again.params["qkvw"]:
-            x[:24] = interleaved(x[:24], 6)
+            x[:24] = ours.interleaved(x[:24], 6)
         again.forward(want["tokens"][:, :-1])
         assert np.abs(again.logits - want["fp64.logits"]).max() > 0.1
 
@@ -147,18 +140,18 @@ def test_gemmas_settings_are_read(kind, most, tmp_path):
     model, _ = fixture(kind)
     cfg = replace(model.cfg, attention_scale=None)
     path = write_model(tmp_path / "a.gguf", cfg, model.params)
-    assert gguf_config(GGUFFile(path)) == cfg
+    assert ours.gguf_config(ours.GGUFFile(path)) == cfg
     cfg = replace(cfg, num_layers=most)
     path = write_model(tmp_path / "b.gguf", cfg, random_params(cfg))
-    found = gguf_config(GGUFFile(path))
+    found = ours.gguf_config(ours.GGUFFile(path))
     assert found.attention_scale == (cfg.channels / cfg.num_heads) ** -0.5
 
 
 @given(st.integers(1, 4), st.integers(1, 5), st.integers(1, 3))
 def test_rows_are_put_back_in_order(heads, half, C):
     x = np.arange(heads * 2 * half * C).reshape(-1, C)
-    back = half_split(x, 2 * half)
-    assert np.array_equal(interleaved(back, 2 * half), x)
+    back = ours.half_split(x, 2 * half)
+    assert np.array_equal(ours.interleaved(back, 2 * half), x)
     # row 2i of a head goes to i, row 2i + 1 to i + half
     assert np.array_equal(back[:half], x[0 : 2 * half : 2])
     assert np.array_equal(back[half : 2 * half], x[1 : 2 * half : 2])
@@ -218,7 +211,7 @@ def test_scaled_rotations_are_recognised(factor, tmp_path):
 
     params = random_params(cfg)
     path = write_model(tmp_path / "a.gguf", cfg, params, arrays=add)
-    assert open_gguf(path)[0].rope_scaling == scaling
+    assert ours.open_gguf(path)[0].rope_scaling == scaling
 
 
 def test_a_linear_scaling_is_read(tmp_path):
@@ -228,7 +221,7 @@ def test_a_linear_scaling_is_read(tmp_path):
 
     params = random_params(WIDE)
     path = write_model(tmp_path / "a.gguf", WIDE, params, keys=add)
-    assert open_gguf(path)[0].rope_scaling == ("linear", 4.0)
+    assert ours.open_gguf(path)[0].rope_scaling == ("linear", 4.0)
 
 
 def setting(name, value):
@@ -290,7 +283,7 @@ def test_what_contradicts_itself_is_refused(change, says, tmp_path):
 def test_what_is_no_gguf_is_said_to_be_what_it_is(tmp_path, monkeypatch):
     path = tmp_path / "a.gguf"
     with pytest.raises(FileNotFoundError):
-        open_gguf(path)
+        ours.open_gguf(path)
     for raw, says in (
         (b"", "empty file"),
         (b"<!doctype html>", "a web page"),
@@ -299,12 +292,12 @@ def test_what_is_no_gguf_is_said_to_be_what_it_is(tmp_path, monkeypatch):
         (b"GGUF\x09\0\0\0", "not a whole GGUF file"),
     ):
         path.write_bytes(raw)
-        refused(says, open_gguf, path)
+        refused(says, ours.open_gguf, path)
     write_gguf(path, {"mamba.block_count": 1}, "mamba")
-    refused("one of llama, qwen3.*got 'mamba'", open_gguf, path)
+    refused("one of llama, qwen3.*got 'mamba'", ours.open_gguf, path)
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(ImportError, match=r"pip install 'llmnb\[modern\]'"):
-        open_gguf(path)
+        ours.open_gguf(path)
 
 
 def test_a_length_that_lies_is_found_at_once(tmp_path):
@@ -314,7 +307,7 @@ def test_a_length_that_lies_is_found_at_once(tmp_path):
     at = raw.index(b"llama.list") + len(b"llama.list") + 8
     assert raw[at : at + 8] == (3).to_bytes(8, "little")
     put_number(path, at, 2**60, 8)
-    refused("not a whole GGUF file", GGUFFile, path)
+    refused("not a whole GGUF file", ours.GGUFFile, path)
 
 
 TINY = llmnb.LlamaConfig(8, 9, 1, 2, 8, hidden=8, tied=True)

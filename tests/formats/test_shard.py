@@ -6,14 +6,8 @@ import numpy as np
 import pytest
 from fuzz import header, refused
 
-from llmnb.formats.shard import (
-    Shards,
-    find_shards,
-    read_shard,
-    sample_tokens,
-    shard_length,
-    write_shard,
-)
+from llmnb.formats import shard
+from llmnb.formats.shard import Shards, find_shards, read_shard, write_shard
 from llmnb.text.data import DataLoader
 
 TOKENS = [0, 1, 50256, 65535]
@@ -45,7 +39,7 @@ def test_shard_is_llm_c_format(tmp_path, tokens, numbers, body, dtype):
     assert path.read_bytes() == first + bytes(1012) + body
     got = read_shard(path)
     assert (got.dtype, got.tolist()) == (dtype, tokens)
-    assert shard_length(path) == len(tokens)
+    assert shard.shard_length(path) == len(tokens)
 
 
 @pytest.mark.parametrize("vocab_size", [65536, 65537])
@@ -65,7 +59,7 @@ def test_shards_of_large_tokens_are_read_as_arrays_are(tmp_path):
     write_shard(paths[1], tokens % 65536)
     whole = [*tokens, *(tokens % 65536)]
     assert np.asarray(Shards(paths)).tolist() == whole
-    sample = sample_tokens(Shards(paths), 8)
+    sample = shard.sample_tokens(Shards(paths), 8)
     assert sample.tolist() == whole[:4] + whole[999:1003]
     feeds = paths, [tokens, tokens % 65536]
     loaders = [DataLoader(x, 2, 7, seed=5) for x in feeds]
@@ -100,30 +94,30 @@ def test_bad_tokens(tmp_path, tokens, error, message):
     assert read_shard(tmp_path / "a.bin").tolist() == [7]
 
 
-def shard(count, magic=20240520, version=1):
+def saying(count, magic=20240520, version=1):
     """A shard of eight bytes whose header says that it has `count` tokens."""
     return header(magic, version, count) + bytes(8)
 
 
 def wide(count, version=7):
-    return shard(count, 20240801, version)
+    return saying(count, 20240801, version)
 
 
-GOOD = shard(4)
+GOOD = saying(4)
 
 
 @pytest.mark.parametrize("raw, message", [
     (b"", "0 bytes are too few for a header of 1024"),
     (GOOD[:1023], "1023 bytes are too few for a header of 1024"),
-    (shard(4, 1), "magic number must be 20240520, got 1"),
-    (shard(4, 20240326), "magic number .* got 20240326"),
-    (shard(4, version=2), "version must be 1, got 2"),
-    (shard(0), "token count must be positive, got 0"),
-    (shard(-4), "token count must be positive, got -4"),
-    (shard(5), "size for 5 tokens must be 1034 bytes, got 1032"),
+    (saying(4, 1), "magic number must be 20240520, got 1"),
+    (saying(4, 20240326), "magic number .* got 20240326"),
+    (saying(4, version=2), "version must be 1, got 2"),
+    (saying(0), "token count must be positive, got 0"),
+    (saying(-4), "token count must be positive, got -4"),
+    (saying(5), "size for 5 tokens must be 1034 bytes, got 1032"),
     (GOOD[:-1], "4 tokens must be 1032 bytes, got 1031"),
     (GOOD + b"x", "4 tokens must be 1032 bytes, got 1033"),
-    (shard(2**31 - 1), "must be 4294968318 bytes, got 1032"),
+    (saying(2**31 - 1), "must be 4294968318 bytes, got 1032"),
     (wide(2, 1), "version must be 7, got 1"),
     (wide(0), "token count must be positive, got 0"),
     (wide(3), "size for 3 tokens must be 1036 bytes, got 1032"),
@@ -177,10 +171,10 @@ def test_many_shards_as_one_text(tmp_path):
     assert len(shards) == 5000 and shards.paths == paths
     whole = np.arange(50) + 100 * np.arange(100)[:, None]
     assert np.array_equal(shards, whole.ravel())
-    sample = sample_tokens(shards, 500)
+    sample = shard.sample_tokens(shards, 500)
     assert np.array_equal(sample, whole[::2, :10].ravel())
-    assert len(sample_tokens(shards, 10**9)) == 2500
-    assert sample_tokens(np.arange(9), 4).tolist() == [0, 1, 2, 3]
+    assert len(shard.sample_tokens(shards, 10**9)) == 2500
+    assert shard.sample_tokens(np.arange(9), 4).tolist() == [0, 1, 2, 3]
     paths[7].write_bytes(b"")
     with pytest.raises(ValueError, match="train_000007"):
         Shards(paths)

@@ -10,19 +10,11 @@ from fuzz import header, refused
 from spelling import merges_of, own_files, tokenizer_bin, tokens_of, vocab_of
 
 from llmnb.config import GPT2Config
+from llmnb.formats import vocabulary
 from llmnb.formats.checkpoint import write_folder
 from llmnb.formats.foreign import Foreign, open_foreign
 from llmnb.formats.letters import byte_letters
-from llmnb.formats.vocabulary import (
-    encoding_of,
-    open_encoding,
-    read_encoding,
-    read_tokenizer,
-    read_tokenizer_json,
-    read_vocab,
-    tokenizer_of,
-    write_tokenizer,
-)  # fmt: skip
+from llmnb.formats.vocabulary import open_encoding, read_tokenizer, read_vocab
 from llmnb.model.gpt2 import GPT2
 from llmnb.text import tokenizer
 from llmnb.text.bpe import from_tokens
@@ -46,7 +38,11 @@ def test_the_letters_of_gpt2():
     assert letters["A"] == ord("A") and letters["Ń"] == 173
 
 
-KINDS = ["vocab.json", "t.bin", "tokenizer.tiktoken"]
+WRITERS = {
+    "vocab.json": lambda path, x: path.write_text(json.dumps(vocab_of(x))),
+    "t.bin": vocabulary.write_tokenizer,
+    "tokenizer.tiktoken": lambda path, x: tokenizer.save(x, path),
+}
 TEXTS = "It's naïve: 東京 \U0001f600\r\n\t  x = 3.14", "low lowest", ""
 
 
@@ -58,15 +54,10 @@ def alike(one, other, *more):
 
 
 @pytest.mark.parametrize("name", ["trained", "gpt2"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", WRITERS)
 def test_an_encoding_comes_back(request, tmp_path, name, kind):
     encoding, path = request.getfixturevalue(name), tmp_path / kind
-    if kind == "vocab.json":
-        path.write_text(json.dumps(vocab_of(encoding)), "utf-8")
-    elif kind == "t.bin":
-        write_tokenizer(path, encoding)
-    else:
-        tokenizer.save(encoding, path)
+    WRITERS[kind](path, encoding)
     long = Path(__file__).read_text("utf-8")
     alike(open_encoding(path), encoding, "é\x00ÿ", long)
 
@@ -221,7 +212,9 @@ def tokenizer_json(folder, encoding, before=(), behind=(), **changes):
 @pytest.mark.parametrize("change", ["lower", "prefix"])
 def test_a_tokenizer_json_that_cuts_otherwise(tmp_path, trained, change):
     path = tokenizer_json(tmp_path, trained, **{change: True})
-    refused("tokenizer.json: cuts or merges", read_tokenizer_json, path)
+    refused(
+        "tokenizer.json: cuts or merges", vocabulary.read_tokenizer_json, path
+    )
 
 
 def test_a_number_without_a_token(tmp_path, trained):
@@ -231,7 +224,9 @@ def test_a_number_without_a_token(tmp_path, trained):
     vocab = found["model"]["vocab"]
     vocab["<|endoftext|>"] = found["added_tokens"][0]["id"] = 270
     path.write_text(json.dumps(found), "utf-8")
-    refused("must number its tokens 0, 1, 2", read_tokenizer_json, path)
+    refused(
+        "must number its tokens 0, 1, 2", vocabulary.read_tokenizer_json, path
+    )
 
 
 def test_a_tokenizer_json_of_another_kind(tmp_path):
@@ -239,7 +234,9 @@ def test_a_tokenizer_json_of_another_kind(tmp_path):
     path = tmp_path / "tokenizer.json"
     made = library.Tokenizer(library.models.WordPiece({"a": 0, "[UNK]": 1}))
     made.save(str(path))
-    refused("must be a BPE .*, is WordPiece", read_tokenizer_json, path)
+    refused(
+        "must be a BPE .*, is WordPiece", vocabulary.read_tokenizer_json, path
+    )
     refused("tokenizer.json: no eos_token in", open_encoding, path)
     said = json.dumps({"eos_token": "[UNK]"})
     (tmp_path / "tokenizer_config.json").write_text(said)
@@ -275,18 +272,25 @@ def test_what_lies_beside_the_weights_is_taken(tmp_path, trained):
     with pytest.raises(OSError, match="holds none of tokenizer"):
         open_encoding(tmp_path)
     for path in (tmp_path, weights):
-        refused("which tokenizer.*--tokenizer g", tokenizer_of, path, 258)
+        refused(
+            "which tokenizer.*--tokenizer g",
+            vocabulary.tokenizer_of,
+            path,
+            258,
+        )
         # as many tokens as GPT-2's say nothing
-        refused("which tokenizer", tokenizer_of, path, 50257)
+        refused("which tokenizer", vocabulary.tokenizer_of, path, 50257)
     for name, write in {
-        "gpt2_tokenizer.bin": lambda path: write_tokenizer(path, trained),
+        "gpt2_tokenizer.bin": lambda path: vocabulary.write_tokenizer(
+            path, trained
+        ),
         "tokenizer.json": lambda path: path.write_text("{}"),
         "vocab.json": lambda _: own_files(tmp_path, trained),
         "tokenizer.tiktoken": lambda path: tokenizer.save(trained, path),
     }.items():
         write(tmp_path / name)
         for path in (tmp_path, weights):
-            assert tokenizer_of(path, 258) == str(tmp_path / name)
+            assert vocabulary.tokenizer_of(path, 258) == str(tmp_path / name)
         if name != "tokenizer.json":
             got = open_encoding(str(tmp_path))
             assert got.encode_ordinary("low") == trained.encode_ordinary("low")
@@ -296,9 +300,14 @@ def test_what_lies_beside_the_weights_is_taken(tmp_path, trained):
 def test_llm_cs_models_have_gpt2s_tokens(tmp_path, rows):
     path = tmp_path / "gpt2_124M.bin"
     path.write_bytes(b"")
-    assert tokenizer_of(path, rows) == "gpt2"
+    assert vocabulary.tokenizer_of(path, rows) == "gpt2"
     for other in (50256, 50305, 257):
-        refused("gpt2_124M.bin: which tokenizer", tokenizer_of, path, other)
+        refused(
+            "gpt2_124M.bin: which tokenizer",
+            vocabulary.tokenizer_of,
+            path,
+            other,
+        )
 
 
 # the tokenizer
@@ -306,7 +315,7 @@ def test_llm_cs_models_have_gpt2s_tokens(tmp_path, rows):
 
 def test_the_bytes_are_llm_cs(trained, tmp_path):
     path, tokens = tmp_path / "t.bin", tokens_of(trained)
-    write_tokenizer(path, trained)
+    vocabulary.write_tokenizer(path, trained)
     assert path.read_bytes() == tokenizer_bin(tokens, 269)
     assert read_tokenizer(path) == (tokens, 269)
 
@@ -314,7 +323,7 @@ def test_the_bytes_are_llm_cs(trained, tmp_path):
 def test_a_long_token_is_not_written(tmp_path):
     long = from_tokens("long", [*BYTES, b"x" * 256])
     with pytest.raises(ValueError, match="number 256 has 256"):
-        write_tokenizer(tmp_path / "t.bin", long)
+        vocabulary.write_tokenizer(tmp_path / "t.bin", long)
     assert not list(tmp_path.iterdir())
 
 
@@ -350,8 +359,10 @@ EOT = b"<|endoftext|>"
 ])  # fmt: skip
 def test_a_decoder_without_an_encoder(tmp_path, tokens, says):
     with pytest.raises(ValueError, match=f"t: .*{says}"):
-        encoding_of("t", tokens)
+        vocabulary.encoding_of("t", tokens)
     path = tmp_path / "t.bin"
     path.write_bytes(tokenizer_bin(tokens, 0))
     assert read_tokenizer(path) == (tokens, 0)
-    refused("t.bin: EOT must be the last token", read_encoding, path)
+    refused(
+        "t.bin: EOT must be the last token", vocabulary.read_encoding, path
+    )

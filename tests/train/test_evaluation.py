@@ -16,23 +16,9 @@ from llmnb.model.gpt2 import GPT2
 from llmnb.text import tokenizer
 from llmnb.text.bpe import from_tokens
 from llmnb.text.reader import Tally
-from llmnb.train.choices import (
-    Example,
-    choices_of,
-    longest_row,
-    read_examples,
-    read_examples_json,
-    standard_error,
-    write_examples,
-)
-from llmnb.train.evaluation import (
-    Score,
-    row_losses,
-    score_pieces,
-    score_text,
-    text_losses,
-    windows,
-)
+from llmnb.train import choices, evaluation
+from llmnb.train.choices import Example, choices_of, read_examples_json
+from llmnb.train.evaluation import row_losses, score_pieces, score_text
 from llmnb.train.rehearsal import rehearse
 
 QUICK = settings(max_examples=300, deadline=None, derandomize=True)
@@ -101,7 +87,7 @@ def test_rows_of_any_length():
 def test_windows_score_each_token_once(N, T, data):
     s = data.draw(st.integers(1, T))
     scored = []
-    for start, first, end in windows(N, T, s):
+    for start, first, end in evaluation.windows(N, T, s):
         assert start <= first < end <= start + T and start % s == 0
         assert first - start >= (T - s if start else 0)
         scored += range(first, end)
@@ -112,15 +98,15 @@ def test_windows_score_each_token_once(N, T, data):
 def test_each_token_has_the_context_of_its_window(stride):
     model, alone = model_of(2, 8), model_of(1, 8)
     tokens = np.random.RandomState(2).randint(0, 257, 30)
-    got = np.concatenate(list(text_losses(model, tokens, stride)))
+    got = np.concatenate(list(evaluation.text_losses(model, tokens, stride)))
     want = np.empty(29)
-    for start, first, end in windows(29, 8, stride or 4):
+    for start, first, end in evaluation.windows(29, 8, stride or 4):
         losses = plain_losses(alone, tokens[start : end + 1])
         want[first:end] = losses[first - start :]
     assert np.allclose(got, want, atol=1e-12)
     for wrong in (0, 9, -1):
         with pytest.raises(ValueError, match=r"stride must lie in \[1, 8\]"):
-            list(text_losses(model, tokens, wrong))
+            list(evaluation.text_losses(model, tokens, wrong))
 
 
 # a text
@@ -132,7 +118,7 @@ def test_the_score_of_a_text():
     score = score_text(model, encoding, texts)
     assert score.bytes == score.tokens == sum(len(x.encode()) for x in texts)
     tokens = np.concatenate([[256, *x.encode()] for x in texts])
-    losses = np.concatenate(list(text_losses(model, tokens)))
+    losses = np.concatenate(list(evaluation.text_losses(model, tokens)))
     assert score.nats == pytest.approx(losses[tokens[1:] != 256].sum())
     pieces = [(True, "naïve"), (False, " text"), (True, ""), (True, texts[2])]
     assert score_pieces(model, encoding, pieces) == score
@@ -152,7 +138,8 @@ def test_a_uniform_model_over_bytes_pays_eight_bits_and_a_little():
     score = score_text(model, tokenizer.byte(), "some text of any kind")
     assert score.perplexity == pytest.approx(257)
     assert score.bits_per_byte == pytest.approx(math.log2(257))
-    assert Score(8.0, 4, 10).bits_per_byte == Score(8.0, 2, 10).bits_per_byte
+    one, other = (evaluation.Score(8.0, tokens, 10) for tokens in (4, 2))
+    assert one.bits_per_byte == other.bits_per_byte
 
 
 # multiple choice
@@ -162,7 +149,7 @@ def test_a_uniform_model_over_bytes_pays_eight_bits_and_a_little():
 def test_choices(examples, batch_size):
     assert examples[1].context.tolist() == [*SENTENCES[1][0].encode()]
     assert examples[1].endings[2].tolist() == [*b" cat"]
-    assert longest_row(examples[0]) == len(SENTENCES[0][0]) + 18
+    assert choices.longest_row(examples[0]) == len(SENTENCES[0][0]) + 18
     alone = model_of(1, 48)
     got = list(choices_of(model_of(batch_size, 48), examples))
     assert [x.label for x in got] == [0, 1, 2]
@@ -181,8 +168,8 @@ def test_the_sum_prefers_short_endings():
     ending = [np.zeros(n, int) for n in (3, 2, 1, 4)]
     (got,) = choices_of(model, [Example(np.zeros(5, int), ending, 0)])
     assert got.by_sum == 2
-    assert standard_error(0.5, 100) == pytest.approx(0.05)
-    assert standard_error(1.0, 9) == 0
+    assert choices.standard_error(0.5, 100) == pytest.approx(0.05)
+    assert choices.standard_error(1.0, 9) == 0
     assert np.allclose(got.losses, math.log(257))
 
 
@@ -206,7 +193,7 @@ def test_a_row_that_is_too_long_loses_its_beginning(context, ending):
 @pytest.fixture
 def binary(tmp_path, examples):
     """The path of a file of llm.c's, and the file's bytes."""
-    write_examples(tmp_path / "a.bin", examples)
+    choices.write_examples(tmp_path / "a.bin", examples)
     return tmp_path / "a.bin", (tmp_path / "a.bin").read_bytes()
 
 
@@ -221,7 +208,7 @@ def test_the_format_is_llm_c_s(binary, examples):
     want = header(20240522, 1, 3, 2 * max(map(len, blocks)))
     want += b"".join(np.array(x, "<u2").tobytes() for x in blocks)
     assert raw == want
-    for a, b in zip(examples, read_examples(path), strict=True):
+    for a, b in zip(examples, choices.read_examples(path), strict=True):
         assert a.label == b.label and np.array_equal(a.context, b.context)
         assert all(map(np.array_equal, a.endings, b.endings))
 
@@ -252,7 +239,7 @@ def changed(raw, place, value, size):
 def test_bad_files(binary, change, message):
     path, raw = binary
     path.write_bytes(change(raw))
-    refused(message, read_examples, path)
+    refused(message, choices.read_examples, path)
 
 
 @pytest.mark.parametrize("line, message", [
@@ -288,7 +275,7 @@ def test_bad_lines(tmp_path, line, message):
 ])  # fmt: skip
 def test_examples_that_cannot_be_written(tmp_path, examples, message):
     with pytest.raises(ValueError, match=message):
-        write_examples(tmp_path / "a.bin", examples)
+        choices.write_examples(tmp_path / "a.bin", examples)
     assert not list(tmp_path.iterdir())
 
 

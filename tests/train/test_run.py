@@ -42,27 +42,15 @@ from llmnb.formats.shard import write_shard
 from llmnb.formats.vocabulary import tokenizer_of
 from llmnb.model.gpt2 import GPT2
 from llmnb.text import tokenizer
+from llmnb.train import folder as folders
 from llmnb.train import run as the_run
 from llmnb.train.feed import Data, loaders, prepare
 from llmnb.train.finetune import starting_from
-from llmnb.train.folder import (
-    load_run,
-    run_folder,
-    state_path,
-    states,
-    step_of,
-    weights_path,
-)
+from llmnb.train.folder import run_folder, state_path, states
 from llmnb.train.loop import evaluate
 from llmnb.train.run import CHANGEABLE, begin, finish, follow, resume
 from llmnb.train.start import new_model
-from llmnb.train.state import (
-    fingerprint,
-    newest_state,
-    read_state,
-    restore,
-    save_state,
-)
+from llmnb.train.state import fingerprint, read_state, restore, save_state
 
 ROOT = Path(__file__).parents[2]
 KILLS = int(os.environ.get("LLMNB_KILLS", 4))
@@ -70,7 +58,7 @@ ANOTHER = "the text is not the one it began with"
 
 
 def steps_in(folder):
-    return [step_of(path) for path in states(folder)]
+    return [folders.step_of(path) for path in states(folder)]
 
 
 # resuming
@@ -206,7 +194,7 @@ def test_a_run_of_more_than_a_hundred_million_steps(tmp_path):
         run.at.step = step
         save_state(run)
     assert steps_in(run.folder) == [99_999_999, 100_000_000]
-    assert newest_state(run.folder)[0].at.step == 100_000_000
+    assert the_run.newest_state(run.folder)[0].at.step == 100_000_000
 
 
 @pytest.mark.skipif(os.name == "nt", reason="folders cannot be synced")
@@ -550,25 +538,27 @@ def test_a_state_is_a_model(tmp_path):
     """Of a run that is not over, --init, generate and eval take the newest."""
     run = cut(tmp_path / "a", 12, replace(TINY, precision="fp64"))
     path, model = state_path(run.folder, 10), run.folder / "model.bin"
-    assert weights_path(run.folder) == path == weights_path(path)
+    assert (
+        folders.weights_path(run.folder) == path == folders.weights_path(path)
+    )
     assert tokenizer_of(path, 257) == str(run.folder / "tokenizer.tiktoken")
     assert read_config(path) == run.model.cfg
     want = restore(read_state(path)).params
     for got in (
         GPT2.from_checkpoint(path, 1, 8, "reference", "fp64"),
-        load_run(run.folder)[0],
+        folders.load_run(run.folder)[0],
         new_model(starting_from(str(run.folder), precision="fp64"), 257),
     ):
         assert all(np.array_equal(got.params[n], x) for n, x in want.items())
     list(follow(run))
     finish(run)
-    assert weights_path(run.folder) == model
+    assert folders.weights_path(run.folder) == model
     os.utime(model, (0, 0))
-    assert weights_path(run.folder) == model
+    assert folders.weights_path(run.folder) == model
     list(islice(follow(resume(run.folder, steps=40)[0]), 6))
     newer = state_path(run.folder, 25)
     os.utime(newer, (0, 0))  # no clock is asked
-    assert weights_path(run.folder) == newer
+    assert folders.weights_path(run.folder) == newer
 
 
 def test_a_damaged_state_is_no_model(good, whole):

@@ -18,19 +18,12 @@ from runs import PLAIN
 from llmnb.formats.shard import write_shard
 from llmnb.model.gpt2 import GPT2
 from llmnb.text import tokenizer
+from llmnb.train import loop
 from llmnb.train.feed import Data, landmarks, loaders, make_encoding, prepare
 from llmnb.train.finetune import starting_from
 from llmnb.train.folder import load_run, read_run, save_run, write_log
 from llmnb.train.landmarks import unigram_entropy
-from llmnb.train.loop import (
-    Progress,
-    Step,
-    accumulate,
-    evaluate,
-    train,
-    train_step,
-    z_score,
-)
+from llmnb.train.loop import Progress, train, train_step
 from llmnb.train.options import TrainConfig, depth_shape
 from llmnb.train.start import new_model
 
@@ -241,11 +234,11 @@ def test_evaluate_reads_the_same_batches():
     data = tiny_data()
     model = new_model(PLAIN, 257)
     _, batches = loaders(PLAIN, data)
-    first = evaluate(model, batches, 3)
+    first = loop.evaluate(model, batches, 3)
     batches.next_batch()
-    assert evaluate(model, batches, 3) == first
-    everything = evaluate(model, batches, batches.batches_per_epoch)
-    assert evaluate(model, batches, 10**6) == everything
+    assert loop.evaluate(model, batches, 3) == first
+    everything = loop.evaluate(model, batches, batches.batches_per_epoch)
+    assert loop.evaluate(model, batches, 10**6) == everything
     batches.reset()
     losses = [model.forward(*batches.next_batch()) for _ in range(3)]
     assert first == pytest.approx(np.mean(losses))
@@ -265,13 +258,13 @@ def test_accumulated_gradients_are_those_of_one_batch(backend, rows):
     config = replace(PLAIN, precision="fp64", backend=backend, batch_size=6)
     tokens = np.random.RandomState(rows).randint(0, 257, (2, 6, 16))
     one = new_model(config, 257)
-    loss = accumulate(config, one, feeding(tokens))
+    loss = loop.accumulate(config, one, feeding(tokens))
     parts = replace(config, batch_size=rows, total_batch=6 * 16)
     assert parts.micro_batches == 6 // rows
     pieces = (np.split(x, 6 // rows) for x in tokens)
     feed = feeding(*zip(*pieces, strict=True))
     some = new_model(parts, 257)
-    assert accumulate(parts, some, feed) == pytest.approx(loss, abs=1e-12)
+    assert loop.accumulate(parts, some, feed) == pytest.approx(loss, abs=1e-12)
     ours, want = (m.memory.flat("grads") for m in (some, one))
     np.testing.assert_allclose(ours, want, rtol=0, atol=1e-12)
     assert np.abs(want).max() > 1e-3
@@ -300,10 +293,10 @@ def test_overfit():
 
 def test_z_score():
     recent = [1.0, 2.0, 3.0, 4.0]
-    assert z_score(recent, 2.5) == 0
-    assert z_score(recent, 5.0) == pytest.approx(2.5 / math.sqrt(1.25))
-    assert z_score(recent, 0.0) == pytest.approx(-2.5 / math.sqrt(1.25))
-    assert z_score([2.0, 2.0], 9.0) == 0
+    assert loop.z_score(recent, 2.5) == 0
+    assert loop.z_score(recent, 5.0) == pytest.approx(2.5 / math.sqrt(1.25))
+    assert loop.z_score(recent, 0.0) == pytest.approx(-2.5 / math.sqrt(1.25))
+    assert loop.z_score([2.0, 2.0], 9.0) == 0
 
 
 def shouting(batches, at):
@@ -460,7 +453,7 @@ def test_a_run_saved_and_read_back(tmp_path):
 
 
 def test_log(tmp_path):
-    steps = [Step(0, 1 / 3, 2.5, 1e-3, 0.5, 1e4), Step(1, None, 2.0)]
+    steps = [loop.Step(0, 1 / 3, 2.5, 1e-3, 0.5, 1e4), loop.Step(1, None, 2.0)]
     write_log(tmp_path / "log.csv", steps)
     assert (tmp_path / "log.csv").read_text() == (
         "step,loss,val_loss,learning_rate,grad_norm,tokens_per_second,skipped"
