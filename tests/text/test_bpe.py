@@ -3,6 +3,7 @@
 import random
 import time
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 import regex
@@ -17,27 +18,26 @@ QUICK = settings(max_examples=25, deadline=None, derandomize=True)
 
 def slow_merges(text, number):
     """The definition: count all pairs anew before each merge."""
-    words = Counter(regex.findall(bpe.WORDS, text))
-    words = {tuple(w.encode()): n for w, n in words.items()}
+    words = [[*w.encode()] for w in regex.findall(bpe.WORDS, text)]
     merges = []
     for new in range(256, 256 + number):
-        count = Counter()
-        for word, n in words.items():
-            for i in range(len(word) - 1):
-                count[word[i : i + 2]] += n
+        count = Counter(pair for word in words for pair in pairwise(word))
         if not count:
             break
         merges.append(min(count, key=lambda pair: (-count[pair], pair)))
-        changed = {}
-        for word, n in words.items():
-            out, i = [], 0
-            while i < len(word):
-                hit = word[i : i + 2] == merges[-1]
-                out.append(new if hit else word[i])
-                i += 1 + hit
-            changed[tuple(out)] = n
-        words = changed
+        words = [joined(word, merges[-1], new) for word in words]
     return merges
+
+
+def joined(word, pair, new):
+    """A word in which a pair has become one token, from left to right."""
+    out = []
+    for token in word:
+        if out and (out[-1], token) == pair:
+            out[-1] = new
+        else:
+            out.append(token)
+    return out
 
 
 def slow_encode(text, tokens):
