@@ -110,6 +110,12 @@ def packed(name, raw):
     return raw
 
 
+def altered(table, changes):
+    """A dict with other values, and without those that are to be None."""
+    gone = {name for name, x in changes.items() if x is None}
+    return {k: x for k, x in (table | changes).items() if k not in gone}
+
+
 def header(*numbers):
     """The first kilobyte of a file of llm.c's."""
     return np.array([*numbers] + [0] * (256 - len(numbers)), "<i4").tobytes()
@@ -123,9 +129,9 @@ def put_number(path, at, value, size=4):
 
 
 def describe(folder, **changes):
-    """Change what a model's config.json says."""
+    """Change what a model's config.json says; None: it says nothing."""
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | changes))
+    (folder / "config.json").write_text(json.dumps(altered(config, changes)))
 
 
 def flip(path, at):
@@ -147,7 +153,7 @@ def cut_in_two(folder, tensors):
     return folder / INDEX
 
 
-def tensors_of(folder):
-    """The arrays of a model's folder, by name."""
+def tensors_of(folder, **changes):
+    """The arrays of a model's folder, by name; some of them altered."""
     file = TensorFile(folder / "model.safetensors")
-    return {name: file[name] for name in file.names}
+    return altered({name: file[name] for name in file.names}, changes)

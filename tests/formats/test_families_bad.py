@@ -86,68 +86,49 @@ def test_a_record_of_junk_is_read_or_one_error(folders, data):
     assert not isinstance(found, Exception) or len(str(found)) < 900
 
 
-def changed(tmp_path, family="llama", config=None, tensors=None):
-    """A folder as another program writes it, one thing changed."""
+def changed(folder, family="llama", **changes):
+    """A folder as another program writes it; settings and tensors changed."""
     cfg = cfg_of(family, 21)
-    params = GPT2(cfg, 1, 2, "reference").params
-    write_folder(tmp_path, cfg, params)
-    arrays = tensors_of(tmp_path)
-    said = json.loads((tmp_path / "config.json").read_text())
-    if config:
-        config(said)
-    if tensors:
-        tensors(arrays)
-    write_tensors(tmp_path / "model.safetensors", arrays)
-    (tmp_path / "config.json").write_text(json.dumps(said))
-    return tmp_path
+    write_folder(folder, cfg, GPT2(cfg, 1, 2, "reference").params)
+    tensors = {k: x for k, x in changes.items() if "." in k}
+    settings = {k: x for k, x in changes.items() if "." not in k}
+    arrays = tensors_of(folder, **tensors)
+    write_tensors(folder / "model.safetensors", arrays)
+    describe(folder, **settings)
+    return folder
 
 
-def setting(name, value):
-    return {"config": lambda said: said.__setitem__(name, value)}
-
-
-def tensor(name, x):
-    return {"tensors": lambda arrays: arrays.__setitem__(name, x)}
-
-
-NORM, Q = "model.norm.weight", "model.layers.0.self_attn.q_proj.weight"
+NORM, BIAS = "model.norm.weight", "model.layers.0.self_attn.q_proj.bias"
+LLAMA3 = {"rope_type": "llama3", "factor": 2.0}
 BAD = [
-    (setting("hidden_size", 32), "q_proj.weight must be|embed_t"),
-    (setting("vocab_size", 22), r"must be \(22, 16\), got \(21, 16\)"),
-    (setting("num_hidden_layers", 3), "no tensor model.layers.2"),
-    (setting("num_hidden_layers", 1), "a llama has no tensor model.layers.1"),
-    (setting("num_hidden_layers", 10**9), "num_hidden_layers must be"),
-    (setting("num_key_value_heads", 2), r"k_proj.weight must be \(16, 16\)"),
-    (setting("num_key_value_heads", 3), "num_kv_heads must be a divisor"),
-    (setting("head_dim", 7), "head_size must be even"),
-    (
-        {
-            "config": lambda said: said.pop("head_dim")
-            and said.update(num_attention_heads=3, num_key_value_heads=3)
-        },
-        "channels must be a multiple of num_heads = 3",
-    ),
-    (setting("intermediate_size", 65), "gate_proj.weight must be"),
-    (setting("hidden_activation", "relu"), "the activation must be"),
-    (setting("attention_bias", True), "attention_bias must be"),
-    (setting("rope_scaling", {"rope_type": "yarn", "factor": 2.0}),
+    ({"hidden_size": 32}, "q_proj.weight must be|embed_t"),
+    ({"vocab_size": 22}, r"must be \(22, 16\), got \(21, 16\)"),
+    ({"num_hidden_layers": 3}, "no tensor model.layers.2"),
+    ({"num_hidden_layers": 1}, "a llama has no tensor model.layers.1"),
+    ({"num_hidden_layers": 10**9}, "num_hidden_layers must be"),
+    ({"num_key_value_heads": 2}, r"k_proj.weight must be \(16, 16\)"),
+    ({"num_key_value_heads": 3}, "num_kv_heads must be a divisor"),
+    ({"head_dim": 7}, "head_size must be even"),
+    ({"head_dim": None, "num_attention_heads": 3, "num_key_value_heads": 3},
+     "channels must be a multiple of num_heads = 3"),
+    ({"intermediate_size": 65}, "gate_proj.weight must be"),
+    ({"hidden_activation": "relu"}, "the activation must be"),
+    ({"attention_bias": True}, "attention_bias must be"),
+    ({"rope_scaling": LLAMA3 | {"rope_type": "yarn"}},
      "rope_type must be default, linear or llama3, got 'yarn'"),
-    (setting("rope_scaling", {"rope_type": "llama3", "factor": 2.0}),
-     "rope scaling lacks low_freq_factor"),
-    (setting("rms_norm_eps", 0), "norm_eps must be a positive number"),
-    ({"tensors": lambda arrays: arrays.pop(NORM)},
-     "has no tensor model.norm.weight"),
-    (tensor("model.layers.0.self_attn.q_proj.bias", np.zeros(16, "f4")),
+    ({"rope_scaling": LLAMA3}, "rope scaling lacks low_freq_factor"),
+    ({"rms_norm_eps": 0}, "norm_eps must be a positive number"),
+    ({NORM: None}, "has no tensor model.norm.weight"),
+    ({BIAS: np.zeros(16, "f4")},
      "a llama has no tensor model.layers.0.self_attn.q_proj.bias"),
-    (tensor(NORM, np.ones(15, "f4")), r"must be \(16,\), got \(15,\)"),
-    (tensor(NORM, np.ones(16, "i4")), "must be a float, got I32"),
-    ({"family": "gemma"} | tensor("lm_head.weight", np.ones((21, 16))),
+    ({NORM: np.ones(15, "f4")}, r"must be \(16,\), got \(15,\)"),
+    ({NORM: np.ones(16, "i4")}, "must be a float, got I32"),
+    ({"family": "gemma", "lm_head.weight": np.ones((21, 16))},
      "lm_head.weight must equal the token table"),
-    ({"family": "gemma2"} | setting("layer_types", ["sliding_attention"]),
+    ({"family": "gemma2", "layer_types": ["sliding_attention"]},
      "layer_types must be a regular pattern, one for each layer"),
-    (tensor(NORM, np.full(16, np.nan, "f4")), "lnfw is nan at"),
-    (setting("model_type", "mamba"),
-     "'mamba', where known are gpt2, llama, mistral"),
+    ({NORM: np.full(16, np.nan, "f4")}, "lnfw is nan at"),
+    ({"model_type": "mamba"}, "'mamba', where known are gpt2, llama, mistral"),
 ]  # fmt: skip
 
 
@@ -160,10 +141,10 @@ def test_what_contradicts_itself_is_one_error(tmp_path, change, says):
     "name", ["lm_head.weight", "model.layers.1.self_attn.rotary_emb.inv_freq"]
 )
 def test_what_a_tied_model_does_not_need_is_left(tmp_path, name):
-    def more(arrays):
-        arrays[name] = arrays["model.embed_tokens.weight"].copy()
-
-    assert load(changed(tmp_path, "gemma", tensors=more)).cfg.tied
+    arrays = tensors_of(changed(tmp_path, "gemma"))
+    arrays[name] = arrays["model.embed_tokens.weight"].copy()
+    write_tensors(tmp_path / "model.safetensors", arrays)
+    assert load(tmp_path).cfg.tied
 
 
 def test_a_damaged_large_model_takes_no_memory(tmp_path):

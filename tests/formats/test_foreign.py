@@ -5,7 +5,7 @@ import sys
 
 import numpy as np
 import pytest
-from fuzz import answer, fuzzed, mangled, refused
+from fuzz import altered, answer, fuzzed, mangled, refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llamas import begin_with, byte_level, sentencepiece, write_gguf
@@ -207,8 +207,8 @@ def tables(theirs):
 
 def in_gguf(folder, theirs, change=lambda keys: None, **said):
     """The path of a GGUF file with such tables, some of them changed."""
-    keys = tables(theirs)
-    keys |= {f"tokenizer.ggml.{name}": x for name, x in said.items()}
+    said = {f"tokenizer.ggml.{name}": x for name, x in said.items()}
+    keys = altered(tables(theirs), said)
     change(keys)
     return write_gguf(folder / "a.gguf", keys)
 
@@ -251,41 +251,32 @@ def test_a_gguf_cuts_as_the_name_says(cut, want, theirs, tmp_path):
     assert "<think>" not in ours.special_tokens_set
 
 
-def key(name, value):
-    return lambda keys: keys.update({f"tokenizer.ggml.{name}": value})
-
-
-def drop(name):
-    return lambda keys: keys.pop(f"tokenizer.ggml.{name}")
-
-
-def begin(value):
-    """A token that is put before texts."""
-    said = {"add_bos_token": True, "bos_token_id": value}
-    return lambda keys: [key(*x)(keys) for x in said.items()]
-
-
-def twice(keys):
-    keys["tokenizer.ggml.tokens"][-1] = keys["tokenizer.ggml.tokens"][-2]
+BEGIN = {"add_bos_token": True}  # a token is put before texts
 
 
 @pytest.mark.parametrize(("change", "says"), [
-    (key("model", "llama"), "must be a byte-level BPE .* got 'llama'"),
-    (drop("model"), "got None"),
-    (key("pre", "tekken"), "got 'gpt2' and 'tekken'"),
-    (key("pre", 7), "and 7"),
-    (drop("tokens"), "not whole"), (drop("merges"), "not whole"),
-    (key("tokens", "abc"), "not whole"), (key("merges", ["a"]), "not whole"),
-    (key("merges", ["zz zz"]), "not whole"),
-    (key("token_type", [1, 1]), "not whole"),
-    (key("eos_token_id", 330), "token 330, which is none of 330"),
-    (drop("eos_token_id"), "token None"),
-    (key("eos_token_id", "2"), "token '2'"),
-    (begin(999), "not whole"), (begin("1"), "not whole"),
-    (twice, "a token comes twice"),
+    ({"model": "llama"}, "must be a byte-level BPE .* got 'llama'"),
+    ({"model": None}, "got None"),
+    ({"pre": "tekken"}, "got 'gpt2' and 'tekken'"), ({"pre": 7}, "and 7"),
+    ({"tokens": None}, "not whole"), ({"merges": None}, "not whole"),
+    ({"tokens": "abc"}, "not whole"), ({"merges": ["a"]}, "not whole"),
+    ({"merges": ["zz zz"]}, "not whole"), ({"token_type": [1]}, "not whole"),
+    ({"eos_token_id": 330}, "token 330, which is none of 330"),
+    ({"eos_token_id": None}, "token None"),
+    ({"eos_token_id": "2"}, "token '2'"),
+    (BEGIN | {"bos_token_id": 999}, "not whole"),
+    (BEGIN | {"bos_token_id": "1"}, "not whole"),
 ])  # fmt: skip
 def test_tables_that_make_no_tokenizer(change, says, theirs, tmp_path):
-    refused(says, foreign_gguf, in_gguf(tmp_path, theirs, change))
+    refused(says, foreign_gguf, in_gguf(tmp_path, theirs, **change))
+
+
+def test_a_token_that_comes_twice_is_refused(theirs, tmp_path):
+    def twice(keys):
+        keys["tokenizer.ggml.tokens"][-1] = keys["tokenizer.ggml.tokens"][-2]
+
+    path = in_gguf(tmp_path, theirs, twice)
+    refused("a token comes twice", foreign_gguf, path)
 
 
 def test_without_sentencepiece_the_error_says_what_to_install(monkeypatch):

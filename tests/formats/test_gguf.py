@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fuzz import answer, fuzzed, mangled, put_number, refused
+from fuzz import altered, answer, fuzzed, mangled, put_number, refused
 from hypothesis import given
 from hypothesis import strategies as st
 from llamas import write_gguf
@@ -55,10 +55,9 @@ def random_params(cfg):
 
 
 def metadata(cfg):
-    """Key -> value, as llama.cpp's converter writes them."""
-    kind = KINDS[cfg.family]
+    """What a file says of a configuration."""
     found = {key: getattr(cfg, name) for key, name in SAID.items()}
-    return {f"{kind}.{k}": x for k, x in found.items() if x is not None}
+    return {key: x for key, x in found.items() if x is not None}
 
 
 def tensors(cfg, params):
@@ -85,17 +84,16 @@ def packed_as(x, kind):
     return gguf.quantize(x, kind), kind
 
 
-def write_model(path, cfg, params, pack=None, keys=None, arrays=None):
-    """keys, arrays: functions that change what is written.
+def write_model(path, cfg, params, pack=None, keys=(), arrays=()):
+    """As llama.cpp's converter writes it; keys, arrays: what is otherwise.
 
-    An array may become a tuple: its bytes and type, as they lie there.
+    An array may be a tuple: its bytes and type, as they lie there.
     """
-    said, held = metadata(cfg), tensors(cfg, params)
-    for change, of in ((keys, said), (arrays, held)):
-        if change:
-            change(of)
+    kind, said = KINDS[cfg.family], altered(metadata(cfg), dict(keys))
+    said = {f"{kind}.{key}": x for key, x in said.items()}
+    held = altered(tensors(cfg, params), dict(arrays))
     rows = [(name, *packed_as(x, pack)) for name, x in held.items()]
-    return write_gguf(path, said, KINDS[cfg.family], rows)
+    return write_gguf(path, said, kind, rows)
 
 
 def read(path):
@@ -187,13 +185,9 @@ def q6_k(rows, d):
 
 def test_k_quants_are_unpacked(tmp_path):
     cfg = llmnb.LlamaConfig(16, 61, 1, 4, 256, hidden=256, tied=True)
-    params = random_params(cfg)
-
-    def replaced(arrays):
-        kind = gguf.GGMLQuantizationType.Q6_K
-        arrays["blk.0.ffn_up.weight"] = q6_k(256, 0.5), kind
-
-    path = write_model(tmp_path / "a.gguf", cfg, params, arrays=replaced)
+    params, kind = random_params(cfg), gguf.GGMLQuantizationType.Q6_K
+    up = {"blk.0.ffn_up.weight": (q6_k(256, 0.5), kind)}
+    path = write_model(tmp_path / "a.gguf", cfg, params, arrays=up)
     _, found = read(path)
     assert (found["fcw"][0, 256:] == 0.5).all()
     assert np.array_equal(found["fcw"][0, :256], params["fcw"][0, :256])
@@ -205,79 +199,58 @@ def test_scaled_rotations_are_recognised(factor, tmp_path):
     cfg = replace(WIDE, rope_theta=500000.0)
     plain = rope_frequencies(cfg.head_size, cfg.rope_theta)
     scaled = rope_frequencies(cfg.head_size, cfg.rope_theta, scaling)
-
-    def add(arrays):
-        arrays["rope_freqs.weight"] = (plain / scaled).astype(np.float32)
-
+    factors = {"rope_freqs.weight": (plain / scaled).astype(np.float32)}
     params = random_params(cfg)
-    path = write_model(tmp_path / "a.gguf", cfg, params, arrays=add)
+    path = write_model(tmp_path / "a.gguf", cfg, params, arrays=factors)
     assert ours.open_gguf(path)[0].rope_scaling == scaling
 
 
 def test_a_linear_scaling_is_read(tmp_path):
-    def add(keys):
-        keys["llama.rope.scaling.type"] = "linear"
-        keys["llama.rope.scaling.factor"] = 4.0
-
+    said = {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}
     params = random_params(WIDE)
-    path = write_model(tmp_path / "a.gguf", WIDE, params, keys=add)
+    path = write_model(tmp_path / "a.gguf", WIDE, params, keys=said)
     assert ours.open_gguf(path)[0].rope_scaling == ("linear", 4.0)
 
 
-def setting(name, value):
-    return {"keys": lambda keys: keys.update({f"llama.{name}": value})}
-
-
-def without(name):
-    return {"keys": lambda keys: keys.pop(f"llama.{name}")}
-
-
-def tensor(name, value):
-    return {"arrays": lambda arrays: arrays.update({name: value})}
-
-
+# keys and tensors that are gone (None) or others
 BAD = [
-    (without("block_count"), "lacks llama.block_count"),
-    (without("attention.layer_norm_rms_epsilon"), "lacks llama.attention"),
-    (setting("attention.head_count", 0), "num_heads must be"),
-    (setting("block_count", "two"), "num_layers must be"),
-    (setting("attention.head_count_kv", [2, 2]), "num_kv_heads must be"),
-    (setting("block_count", 2**30), "block_count is"),
-    (setting("block_count", 2**31), "num_layers must be"),
-    (setting("block_count", 3), "has no tensor blk.2."),
-    (setting("block_count", 1), "a llama has no tensor blk"),
-    (setting("rope.dimension_count", 8), "the head size"),
-    (setting("attention.value_length", 8), "the head size"),
-    (setting("attention.head_count_kv", 3), "num_kv_heads"),
-    (setting("feed_forward_length", 97),
+    ("block_count", None, "lacks llama.block_count"),
+    ("attention.layer_norm_rms_epsilon", None, "lacks llama.attention"),
+    ("attention.head_count", 0, "num_heads must be"),
+    ("block_count", "two", "num_layers must be"),
+    ("attention.head_count_kv", [2, 2], "num_kv_heads must be"),
+    ("block_count", 2**30, "block_count is"),
+    ("block_count", 2**31, "num_layers must be"),
+    ("block_count", 3, "has no tensor blk.2."),
+    ("block_count", 1, "a llama has no tensor blk"),
+    ("rope.dimension_count", 8, "the head size"),
+    ("attention.value_length", 8, "the head size"),
+    ("attention.head_count_kv", 3, "num_kv_heads"),
+    ("feed_forward_length", 97,
      r"ffn_gate.weight must be \(97, 64\), got \(96, 64\)"),
-    (setting("embedding_length", 32), r"must be \(61, 32\)"),
-    (setting("rope.scaling.type", "yarn"), "scaling 'yarn' is not known"),
-    (setting("rope.scaling.type", "linear"), "rope_scaling must be"),
-    (tensor("rope_freqs.weight", np.full(8, 2, np.float32)),
+    ("embedding_length", 32, r"must be \(61, 32\)"),
+    ("rope.scaling.type", "yarn", "scaling 'yarn' is not known"),
+    ("rope.scaling.type", "linear", "rope_scaling must be"),
+    ("rope_freqs.weight", np.full(8, 2, "f4"),
      "factors of rope_freqs.weight are not known"),
-    (tensor("rope_freqs.weight", np.full(3, 2, np.float32)),
+    ("rope_freqs.weight", np.full(3, 2, "f4"),
      "factors of rope_freqs.weight are not known"),
-    (tensor("blk.0.attn_q.bias", np.zeros(64, np.float32)),
+    ("blk.0.attn_q.bias", np.zeros(64, "f4"),
      "a llama has no tensor blk.0.attn_q.bias"),
-    ({"arrays": lambda arrays: arrays.pop("token_embd.weight")},
-     "has no table token_embd.weight"),
-    (tensor("token_embd.weight", np.zeros(64, np.float32)),
-     "has no table token_embd.weight"),
-    ({"arrays": lambda arrays: arrays.pop("blk.1.ffn_up.weight")},
-     "has no tensor blk.1.ffn_up.weight"),
-    (tensor("output_norm.weight", np.full(64, np.inf, np.float32)),
-     "lnfw is inf at"),
-    (tensor("output_norm.weight", np.ones(64, np.int32)),
+    ("token_embd.weight", None, "has no table token_embd.weight"),
+    ("token_embd.weight", np.zeros(64, "f4"), "no table token_embd.weight"),
+    ("blk.1.ffn_up.weight", None, "has no tensor blk.1.ffn_up.weight"),
+    ("output_norm.weight", np.full(64, np.inf, "f4"), "lnfw is inf at"),
+    ("output_norm.weight", np.ones(64, "i4"),
      "output_norm.weight is I32, which gguf cannot unpack"),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("change", "says"), BAD)
-def test_what_contradicts_itself_is_refused(change, says, tmp_path):
-    params = random_params(WIDE)
-    path = write_model(tmp_path / "a.gguf", WIDE, params, **change)
-    refused(says, read, path)
+@pytest.mark.parametrize(("name", "value", "says"), BAD)
+def test_what_contradicts_itself_is_refused(name, value, says, tmp_path):
+    which = "arrays" if name.endswith((".weight", ".bias")) else "keys"
+    params, how = random_params(WIDE), {which: {name: value}}
+    refused(says, read, write_model(tmp_path / "a.gguf", WIDE, params, **how))
 
 
 def test_what_is_no_gguf_is_said_to_be_what_it_is(tmp_path, monkeypatch):
