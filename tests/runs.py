@@ -36,6 +36,14 @@ def small_data():
     return Data(tokenizer.byte(), tokens[900:], tokens[:900], "a test")
 
 
+def begun(group, folder, config):
+    """A run that each rank of a group begins in a new folder."""
+    if group.first:
+        run_folder(folder)
+    group.gather("the folder is there")
+    return begin(folder, config, group)
+
+
 def straight(folder, config=TINY):
     run = begin(run_folder(folder), config)
     return run, list(follow(run))

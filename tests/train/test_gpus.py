@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from runs import TINY
+from runs import TINY, begun
 
 from llmnb.config import GPT2Config
 from llmnb.cuda.sums import clip_by_pieces, square_pieces, tree_sum
@@ -19,13 +19,12 @@ from llmnb.gpu.launch import missing, simulated, to_host
 from llmnb.gpu.simulator import watch
 from llmnb.train import gpus
 from llmnb.train.exchange import blocks_of
-from llmnb.train.folder import run_folder
 from llmnb.train.gpus import OnGPUs, placed, tree_order
 from llmnb.train.group import ALONE, Tree
 from llmnb.train.loop import Progress, train_step
 from llmnb.train.options import TrainConfig
 from llmnb.train.rehearsal import rehearse
-from llmnb.train.run import begin, finish, follow, resume
+from llmnb.train.run import finish, follow, resume
 
 pytest.importorskip("greenlet", reason="the simulator needs greenlet")
 pytestmark = [
@@ -303,11 +302,8 @@ SHORT = replace(
 def test_a_run_goes_on_with_other_ranks(tmp_path):
     """Its state is whole; to leave the group is a change of the bits."""
 
-    def begun(group):
-        if group.first:
-            run_folder(tmp_path / "a")
-        group.gather("there")
-        run = begin(tmp_path / "a", SHORT, group)
+    def whole(group):
+        run = begun(group, tmp_path / "a", SHORT)
         assert isinstance(run.model, OnGPUs)
         list(follow(run))
         finish(run)
@@ -320,7 +316,7 @@ def test_a_run_goes_on_with_other_ranks(tmp_path):
         averages = [np.asarray(x.part) for x in run.model.memory["m"].values()]
         return found, to_host(run.model.memory.flat("params")), averages
 
-    first = rehearse(2, begun)
+    first = rehearse(2, whole)
     for ranks in (1, 2):
         for found, weights, averages in rehearse(ranks, more):
             assert not found and np.array_equal(weights, first[0])

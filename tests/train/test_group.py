@@ -7,19 +7,18 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from runs import TINY, small_data, straight, weights
+from runs import TINY, begun, small_data, straight, weights
 
 from llmnb.cli import train as train_command
 from llmnb.cli.together import together as together_within
 from llmnb.model.gpt2 import GPT2
 from llmnb.train.exchange import blocks_of, exchange, shards
 from llmnb.train.feed import loaders
-from llmnb.train.folder import run_folder
 from llmnb.train.group import ALONE, Group, Tree, waiting
 from llmnb.train.loop import Progress, accumulate, train_step
 from llmnb.train.machines import check_alike, find_group, launched
 from llmnb.train.rehearsal import rehearse
-from llmnb.train.run import begin, finish, follow, resume
+from llmnb.train.run import finish, follow, resume
 from llmnb.train.start import checked_size, new_model
 
 # twelve batches to an update: groups of 1, 2, 3, 4, 6 and 12 can share them
@@ -72,14 +71,6 @@ def test_a_loader_passes_over_what_others_read():
 
 
 # the same bits
-
-
-def begun(group, folder, config):
-    """A run that a rank of a group begins in a new folder."""
-    if group.first:
-        run_folder(folder)
-    group.gather("the folder is there")
-    return begin(folder, config, group)
 
 
 def together(size, folder, steps=None, again=False):
