@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fuzz import fuzzed, header, mangled, packed, refused
+from fuzz import altered, fuzzed, header, mangled, packed, refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from large import TEXT, large_encoding
@@ -217,6 +217,17 @@ def test_fuzzed_notes(tmp_path_factory, data):
         assert "start anew" in str(error) or "place to go" in str(error)
     except FileNotFoundError as error:
         assert "_0" in str(error)
+
+
+def test_notes_that_are_none(tmp_path, texts):
+    out = begun(tmp_path / "out", texts)
+    said = json.loads((out / shards.NOTE).read_text())
+    for change in (
+        {"next": 3}, {"val_tokens": -1}, {"shards": [[3, 1]]},
+        {"conditions": None}, {"conditions": {}},
+    ):  # fmt: skip
+        (out / shards.NOTE).write_text(json.dumps(altered(said, change)))
+        refused("not the note of unfinished work", make, out, [texts])
 
 
 # shards
