@@ -225,6 +225,7 @@ def test_notes_that_are_none(tmp_path, texts):
     for change in (
         {"next": 3}, {"val_tokens": -1}, {"shards": [[3, 1]]},
         {"conditions": None}, {"conditions": {}},
+        {"conditions": said["conditions"] | {"options": 3}},
     ):  # fmt: skip
         (out / shards.NOTE).write_text(json.dumps(altered(said, change)))
         refused("not the note of unfinished work", make, out, [texts])
