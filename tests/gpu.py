@@ -138,33 +138,22 @@ def check_layer(layer, reference, arrays, writes, tol=2e-6, places=PLACES):
     return first
 
 
-def check_linear(layer, *sizes, bias=True, residual=False, **how):
-    """check_layer for the linear layer's forward pass: B, T, C, OC."""
-    B, T, C, OC = sizes
-    arrays = {
-        "out": np.full((B, T, OC), np.nan, np.float32),
-        "inp": single(B, T, C),
-        "weight": single(OC, C),
-        "bias": single(OC) if bias else None,
-        "residual": single(B, T, OC) if residual else None,
-    }
-    want = reference.matmul_forward
-    return check_layer(layer, want, arrays, ["out"], **how)
+def linear(row, layer, *sizes, bias=True, residual=False, add=True, **how):
+    """check_layer for a version of a pass of the linear layer.
+
+    sizes: B, T, C, OC; add: of dinp and dweight, or of both alike.
+    """
+    table, (first, second) = NAMED["matmul"], np.broadcast_to(add, 2).tolist()
+    absent = ["bias", "dbias"] * (not bias) + ["residual"] * (not residual)
+    flags = {"add_dinp": first, "add_dweight": second, "absent": absent}
+    p = problem(table, np.float32, table.sized(*sizes), **flags)
+    way, arrays = [*both(table, p)][row]
+    writes = [x for x in table.written(way) if arrays[x] is not None]
+    return check_layer(layer, getattr(reference, way), arrays, writes, **how)
 
 
-def check_linear_back(layer, *sizes, bias=True, add=(True, True), **how):
-    """The same of its backward pass; what is not added to is NaN before."""
-    (B, T, C, OC), keep = sizes, [1 if x else np.nan for x in add]
-    arrays = {
-        "dinp": keep[0] * single(B, T, C),
-        "dweight": keep[1] * single(OC, C),
-        "dbias": keep[1] * single(OC) if bias else None,
-        "dout": single(B, T, OC),
-        "inp": single(B, T, C),
-        "weight": single(OC, C),
-    } | dict(zip(("add_dinp", "add_dweight"), add, strict=True))
-    writes, want = ["dinp", "dweight", "dbias"], reference.matmul_backward
-    return check_layer(layer, want, arrays, writes[: 2 + bias], **how)
+check_linear = functools.partial(linear, 0)
+check_linear_back = functools.partial(linear, 1)
 
 
 def both(layer, p):
@@ -190,6 +179,31 @@ def check_problem(layer, p, tol=1e-5):
         )
         for way, arrays in both(layer, p)
     ]  # fmt: skip
+
+
+def unwatched(name, *sizes, **options):
+    """What both passes of a row leave with nothing watched; what is right."""
+    layer, found, want = NAMED[name], [], []
+    p = problem(layer, np.float32, layer.sized(*sizes), **options)
+    for way, arrays in both(layer, p):
+        given = there(arrays)
+        getattr(cuda, way)(*given.values())
+        getattr(reference, way)(**arrays)
+        found += [to_host(given[x]) for x in layer.written(way)]
+        want += [arrays[x] for x in layer.written(way)]
+    return found, want
+
+
+def launched(name, *sizes, ways="fb", **options):
+    """What passes of a row launch, f and b, with nothing run."""
+    layer = NAMED[name]
+    p = problem(layer, np.float32, layer.sized(*sizes), **options)
+    with pytest.MonkeyPatch.context() as patch, watch() as seen:
+        patch.setattr(launch, "simulate", lambda *args: None)
+        for way, arrays in both(layer, p):
+            if way.removeprefix(f"{name}_")[0] in ways:
+                getattr(cuda, way)(*there(arrays).values())
+    return seen
 
 
 def _wide(x):
@@ -218,23 +232,46 @@ def wide_half(x):
     return x.astype(np.float64) if x.dtype.kind == "f" else x
 
 
-def check_half(name, arrays, writes, exact=(), **options):
-    """A layer in bfloat16 against the reference, races looked for.
+def halved(layer, given):
+    """The same arguments, with what is wanted in bfloat16 as that: uint16."""
+    while True:
+        try:
+            layer.arguments.look(there(given))
+        except TypeError as error:
+            name = re.search(r": (\w+) must be uint16, got flo", str(error))
+            if not name:
+                return given
+            given = given | {name[1]: to_bfloat16(given[name[1]])}
+        else:
+            return given
 
-    arrays: in order; writes: indices of those written; exact: of those in
-    float32, which one rounding of an input has not touched.
+
+def check_half(layer, p):
+    """Both passes of a row of tests/layers.py, as far as they are there in
+    bfloat16, against the reference, races looked for.
+
+    What they write in float32 no rounding has touched.
     """
-    want = [wide_half(x) if isinstance(x, np.ndarray) else x for x in arrays]
-    getattr(reference, name)(*want, **options)
-    there = [simulated(x) if isinstance(x, np.ndarray) else x for x in arrays]
-    with watch() as seen:
-        getattr(cuda, f"{name}_bf16")(*there, **options)
-    for i in writes:
-        assert error(there[i], want[i]) < NORM, (name, i)
-        scale = 1e-5 if i in exact else ROUNDING
-        most = scale * np.abs(want[i]) + 1e-6
-        assert (np.abs(wide_half(there[i]) - want[i]) <= most).all(), (name, i)
-    check_machine_code(seen)
+    for way, arrays in both(layer, p):
+        run = getattr(cuda, f"{way}_bf16", None)
+        if run is None:
+            continue
+        arrays = halved(run, arrays)
+        want = {
+            k: wide_half(x) if isinstance(x, np.ndarray) else x
+            for k, x in arrays.items()
+        }
+        getattr(reference, way)(**want)
+        given = there(arrays)
+        with watch() as seen:
+            run(*given.values())
+        for name in layer.written(way):
+            x, right = given[name], want[name]
+            assert error(x, right) < NORM, (way, name)
+            scale = 1e-5 if x.dtype == np.float32 else ROUNDING
+            most = scale * np.abs(right) + 1e-6
+            assert (np.abs(wide_half(x) - right) <= most).all(), (way, name)
+        check_machine_code(seen)
 
 
 compiled = functools.cache(compile_kernel)

@@ -2,50 +2,41 @@
 
 import numpy as np
 import pytest
-from gpu import check_half as check
-from gpu import check_machine_code, half, single, wide_half
+from gpu import check_half, check_machine_code, half, single, wide_half
+from layers import NAMED, problem
 
 from llmnb import cuda as gpu
-from llmnb import reference
+from llmnb.cuda.bf16_modern import rotary_forward_bf16
 from llmnb.gpu.launch import empty, simulated, to_host
 from llmnb.gpu.simulator import watch
 from llmnb.reference.bfloat16 import to_bfloat16
 
-B, T, C, V, Vp = 1, 3, 72, 61, 64
+B, T, V, Vp = 1, 3, 61, 64
 TARGETS = np.array([[0, V - 1, 5]], np.int32)
+# rows of tests/layers.py: sizes that vectors of eight fit, and options
+ROWS = [
+    ("encoder", (1, 3, 72, 64), {}),
+    ("embedding", (2, 3, 72, 9), {"scale": 3.0}),
+    ("layernorm", (1, 3, 72), {}),
+    ("rmsnorm", (2, 3, 72), {"offset": 0.0, "add": True}),
+    ("rmsnorm", (2, 3, 72), {"offset": 0.0, "add": False}),
+    ("rmsnorm", (2, 3, 72), {"offset": 1.0, "add": True}),
+    ("rmsnorm", (2, 3, 72), {"offset": 1.0, "add": False}),
+    ("rotary", (2, 3, 8, 3, 2, 2), {}),
+    ("gelu", (1, 3, 72), {"add": True}),
+    ("gelu", (1, 3, 72), {"add": False}),
+    ("swiglu", (2, 3, 40), {}),
+    ("geglu", (2, 3, 40), {}),
+    ("crossentropy_softmax", (B, T, V, Vp - V), {}),
+]
 
 
-def test_encoder():
-    arrays = half(B, T, C), TARGETS, single(Vp, C), single(T + 2, C)
-    check("encoder_forward", arrays, [0])
-
-
-def layernorm():
-    inp, weight = half(B, T, C), single(C)
-    stats = [np.zeros((B, T)) for _ in range(2)]
-    arrays = wide_half(inp), wide_half(weight), np.zeros(C)
-    reference.layernorm_forward(np.zeros((B, T, C)), *stats, *arrays)
-    return inp, weight, *(x.astype(np.float32) for x in stats)
-
-
-def test_layernorm_forward():
-    inp, weight, mean, rstd = layernorm()
-    arrays = half(B, T, C), mean * 0, rstd * 0, inp, weight, single(C)
-    check("layernorm_forward", arrays, [0, 1, 2], exact=[1, 2])
-
-
-def test_layernorm_backward():
-    inp, weight, mean, rstd = layernorm()
-    sums = single(C), single(C)
-    arrays = half(B, T, C), *sums, half(B, T, C), inp, weight, mean, rstd
-    check("layernorm_backward", arrays, [0, 1, 2], exact=[1, 2])
-
-
-def test_gelu():
-    check("gelu_forward", (half(T, C), half(T, C)), [0])
-    arrays = half(T, C), half(T, C), half(T, C)
-    check("gelu_backward", arrays, [0])
-    check("gelu_backward", arrays, [0], add=False)
+@pytest.mark.parametrize(("name", "sizes", "options"), ROWS)
+def test_layers_are_the_references_but_for_rounding(name, sizes, options):
+    layer = NAMED[name]
+    check_half(
+        layer, problem(layer, np.float32, layer.sized(*sizes), **options)
+    )
 
 
 def padded():
@@ -53,17 +44,6 @@ def padded():
     logits = half(B, T, Vp)
     logits[..., V:] = 0x7FC0
     return logits
-
-
-def test_classifier():
-    # the largest slopes, of the targets, decide over the whole norm's error
-    logits, losses, lse = padded(), single(B, T, seed=0), single(B, T)
-    arrays = losses, lse, logits, TARGETS, V
-    check("crossentropy_softmax_forward", arrays, [0, 1], exact=[0, 1])
-    x = wide_half(logits)[..., :V]
-    lse = np.log(np.exp(x).sum(-1)).astype(np.float32)
-    arrays = half(B, T, Vp), losses, logits, lse, TARGETS, V
-    check("crossentropy_softmax_backward", arrays, [0])
 
 
 def test_fused_classifier():
@@ -94,6 +74,8 @@ def test_rounding_and_widening():
 
 
 def test_rows_that_are_no_eights_are_refused():
-    arrays = simulated(half(1, 2, 4)), simulated(half(1, 2, 4))
+    few, x = simulated(half(1, 2, 4)), simulated(half(1, 2, 24))
     with pytest.raises(ValueError, match="gelu_forward_bf16.* got 4"):
-        gpu.gelu_forward_bf16(*arrays)
+        gpu.gelu_forward_bf16(few, few)
+    with pytest.raises(ValueError, match="rotary_forward_bf16.* got 12"):
+        rotary_forward_bf16(x, simulated(single(2, 12)), 1)

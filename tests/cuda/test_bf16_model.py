@@ -1,4 +1,4 @@
-"""A GPT-2 that trains in bfloat16, on the simulator."""
+"""Models that train in bfloat16, on the simulator."""
 
 import numpy as np
 import pytest
@@ -8,27 +8,45 @@ from standin import check_steps
 from llmnb import GPT2, GPT2Config
 from llmnb.gpu.launch import to_host
 from llmnb.gpu.simulator import watch
+from llmnb.model.architectures import (
+    Gemma2Config,
+    GemmaConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen3Config,
+)
 from llmnb.reference.bfloat16 import from_bfloat16, to_bfloat16
 
-TINY = {"max_seq_len": 16, "vocab_size": 61, "num_layers": 1, "num_heads": 2}
-BATCH = np.random.default_rng(3).integers(0, 61, (2, 1, 16))
+SIZES = 16, 61, 1, 2, 32
+SMALL = {"num_kv_heads": 1, "hidden": 64}
+GPT, LLAMA = GPT2Config(*SIZES), LlamaConfig(*SIZES, **SMALL)
+BATCH = np.random.default_rng(3).integers(0, 61, (2, 1, 5))
 
 
-def model(channels=32, T=16, **how):
-    cfg = GPT2Config(channels=channels, **TINY)
-    how = {"backend": "cuda", "precision": "bf16", "seed": 7} | how
-    return GPT2(cfg, 1, T, **how)
+def model(cfg=GPT, T=5):
+    return GPT2(cfg, 1, T, "cuda", "bf16", seed=7)
 
 
-def test_five_steps_go_along_those_of_float32():
-    check_five_steps(model(), model(backend="cpu", precision="fp32"))
+def pair(cfg, T):
+    """In bfloat16 on the simulator, and in float32 on the host."""
+    return model(cfg, T), GPT2(cfg, 1, T, "cpu", seed=7)
+
+
+@pytest.mark.parametrize(("cfg", "norms"), [(GPT, 5), (LLAMA, 1)])
+def test_five_steps_go_along_those_of_float32(cfg, norms):
+    """Of a Llama the norm of the first gradient only.
+
+    With five tokens float32 itself parts by more, where its weights differ by
+    a rounding to bfloat16.
+    """
+    check_five_steps(*pair(cfg, 16), norms)
 
 
 def test_parameters_are_float32_and_their_copies_rounded(tmp_path):
     made = model(T=3)
     made.params["wpe"].copy_to_device(np.full((16, 32), 0.1, np.float32))
     with watch(races=False):
-        loss = made.forward(BATCH[0][:, :3], BATCH[1][:, :3])
+        loss = made.forward(*BATCH[:, :, :3])
     assert np.isfinite(loss)
     for name, master in made.params.items():
         assert master.dtype == np.float32
@@ -44,33 +62,27 @@ def test_parameters_are_float32_and_their_copies_rounded(tmp_path):
         np.testing.assert_array_equal(again.params[name], np.asarray(master))
 
 
-def test_gradients_are_those_of_float32_but_for_rounding():
-    whole = model(T=5, backend="cpu", precision="fp32")
-    check_gradients(model(T=5), whole, BATCH[:, :, :5])
+@pytest.mark.parametrize("cfg", (GPT, LLAMA, GemmaConfig(*SIZES, **SMALL)))
+def test_gradients_are_those_of_float32_but_for_rounding(cfg):
+    check_gradients(*pair(cfg, 5), BATCH)
 
 
-def test_a_step_leaves_the_bits_of_its_parts():
-    """Though its classifier is one launch, and theirs are two."""
-    whole, parts = model(T=5), model(T=5)
-    batch = BATCH[:, :, :5]
-    with watch(races=False) as seen:
-        result = whole.step(*batch, 1.0)
-    names = {kernel.__name__ for kernel, *_ in seen.launches}
-    assert "_both_of_rows" in names
-    assert not {"_losses_of_rows", "_slopes_of_rows"} & names
-    loss = parts.forward(*batch)
-    parts.backward()
-    assert result == (loss, parts.clip_gradients(1.0))
-    parts.update()
-    a, b = (np.asarray(x.memory.flat("params")) for x in (whole, parts))
-    np.testing.assert_array_equal(a, b)
-
-
-def test_what_tensor_cores_do_not_take_is_refused():
-    with pytest.raises(ValueError, match="multiple of 8 numbers, got 12"):
-        model(channels=12)
-    with pytest.raises(ValueError, match=r"\(16, 32, 64\) channels, got 8"):
-        model(channels=16)
+@pytest.mark.parametrize(
+    ("cfg", "what"),
+    [
+        (GPT2Config(*SIZES[:4], 12), "multiple of 8 numbers, got 12"),
+        (GPT2Config(*SIZES[:4], 16), r"\(16, 32, 64\) channels, got 8"),
+        (LlamaConfig(*SIZES, head_size=128), "channels, got 128"),
+        (LlamaConfig(*SIZES, hidden=60), "hidden: in bfloat16 .* got 60"),
+        (LlamaConfig(*SIZES, final_softcap=3.0), "final_softcap = 3.0"),
+        (Qwen3Config(*SIZES, **SMALL), "qk_norm = True"),
+        (Gemma2Config(*SIZES, **SMALL), "post_norms = True"),
+        (MistralConfig(*SIZES, window=4, **SMALL), "window = 4"),
+    ],
+)
+def test_what_bfloat16_has_no_layers_for_is_refused(cfg, what):
+    with pytest.raises(ValueError, match=f"GPT2: .*{what}"):
+        model(cfg)
 
 
 @pytest.mark.parametrize(

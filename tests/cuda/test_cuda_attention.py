@@ -1,51 +1,26 @@
 """Attention on a GPU: simulated, and its machine code."""
 
+import gpu
 import numpy as np
 import pytest
-from gpu import check_machine_code, check_row, single, there
+from gpu import check_machine_code, check_row, launched, unwatched
+from layers import NAMED, problem
 
-from llmnb import cuda as gpu
-from llmnb.gpu.launch import simulated, to_host
-from llmnb.gpu.simulator import watch
-from llmnb.reference import attention as reference
-
-TOLERANCE = 1e-5  # exp is approximate on a GPU
-
-
-def arrays(B, T, NH, hs):
-    """The backward pass's, from a forward pass in NumPy; it adds to ones."""
-    inp = single(B, T, 3 * NH * hs, seed=0)
-    dout = single(B, T, NH * hs, seed=1)
-    out, lse = np.empty_like(dout), np.empty((B, NH, T), np.float32)
-    reference.attention_forward(out, lse, inp)
-    ones = np.ones_like(inp)
-    return {"dinp": ones, "dout": dout, "inp": inp, "out": out, "lse": lse}
+from llmnb import cuda
+from llmnb.gpu.launch import simulated
 
 
 def test_forward_over_several_tiles():
     check_row("attention", 1, 70, 1, 1, 4)
 
 
-def run(back, shape):
-    """dinp, or out and lse, unwatched, and what is right."""
-    dinp, dout, inp, out, lse = arrays(*shape).values()
-    given = [simulated(x) for x in (dinp, dout, inp, out, lse)]
-    if back:
-        reference.attention_backward(dinp, dout, inp, out, lse, False)
-        gpu.attention_backward(*given, add=False)
-        return [to_host(given[0])], [dinp]
-    new = [simulated(np.full_like(x, np.nan)) for x in (out, lse)]
-    gpu.attention_forward(*new, given[2])
-    return [to_host(x) for x in new], [out, lse]
-
-
 @pytest.mark.parametrize("hs", (64, 128, 256))
-@pytest.mark.parametrize("back", (False, True))
-def test_wide_heads(back, hs):
+def test_wide_heads(hs):
     """More than 64 channels take smaller tiles: 17 positions are several."""
-    got, want = run(back, (1, 17 if hs > 64 else 33, 1, hs))
-    for a, b in zip(got, want, strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=TOLERANCE * 5)
+    shape = 1, 17 if hs > 64 else 33, 1, 1, hs
+    found = unwatched("attention", *shape, add=False)
+    for got, want in zip(*found, strict=True):
+        np.testing.assert_allclose(got, want, rtol=0, atol=5e-5)
 
 
 def check_machine(found, fours):
@@ -58,26 +33,9 @@ def check_machine(found, fours):
                 assert f"{way}.shared.v4" in made.ptx, name
 
 
-@pytest.fixture
-def launches(monkeypatch):
-    """What a call launches, by name of the kernel, with nothing run."""
-    monkeypatch.setattr("llmnb.gpu.launch.simulate", lambda *args: None)
-
-    def launched(hs, ways="fb"):
-        a = there(arrays(1, 2, 1, hs))
-        with watch() as seen:
-            if "f" in ways:
-                gpu.attention_forward(a["out"], a["lse"], a["inp"])
-            if "b" in ways:
-                gpu.attention_backward(*a.values())
-        return seen
-
-    return launched
-
-
-def test_machine_code_of_gpt2s_heads(launches):
+def test_machine_code_of_gpt2s_heads():
     """No float64, spills or stack; what the chapter says of the rest."""
-    found = check_machine_code(launches(64))
+    found = check_machine_code(launched("attention", 1, 2, 1, 1, 64))
     assert len(found) == 4
     check_machine(found, True)
     forward, keys, queries = (
@@ -94,33 +52,27 @@ def test_machine_code_of_gpt2s_heads(launches):
     "hs, cc, ways",
     ((5, (8, 0), "f"), (128, (9, 0), "b"), (256, (8, 0), "fb")),
 )
-def test_machine_code_of_other_heads(monkeypatch, launches, hs, cc, ways):
-    monkeypatch.setattr("gpu.GENERATIONS", [cc])
-    check_machine(check_machine_code(launches(hs, ways)), hs % 4 == 0)
+def test_machine_code_of_other_heads(monkeypatch, hs, cc, ways):
+    monkeypatch.setattr(gpu, "GENERATIONS", [cc])
+    seen = launched("attention", 1, 2, 1, 1, hs, ways=ways)
+    check_machine(check_machine_code(seen), hs % 4 == 0)
 
 
 def test_large_scores_and_scores_that_grow():
-    B, T, NH, hs = 1, 40, 1, 4
-    a = arrays(B, T, NH, hs)
-    inp = a["inp"]
-    inp[..., :hs] = 20
-    inp[..., hs : 2 * hs] = np.linspace(-50, 50, T)[:, None]
-    want, lse = np.empty((B, T, hs)), np.empty((B, NH, T))
-    reference.attention_forward(want, lse, inp.astype(np.float64))
-    given = there(a)
-    gpu.attention_forward(given["out"], given["lse"], given["inp"])
-    np.testing.assert_allclose(to_host(given["out"]), want, rtol=0, atol=2e-3)
+    layer = NAMED["attention"]
+    p = problem(layer, np.float32, layer.sized(1, 40, 1, 1, 4))
+    p["inp"][..., :4] = 20
+    p["inp"][..., 4:8] = np.linspace(-50, 50, 40)[:, None]
+    gpu.check_problem(layer, p, 1e-3)
 
 
-def test_a_head_too_wide():
-    a = there(arrays(1, 2, 1, 260))
+@pytest.mark.parametrize("way", "fb")
+def test_a_head_too_wide(way):
     with pytest.raises(ValueError, match="260 channels is too wide"):
-        gpu.attention_forward(a["out"], a["lse"], a["inp"])
-    with pytest.raises(ValueError, match="260 channels is too wide"):
-        gpu.attention_backward(*a.values())
+        launched("attention", 1, 2, 1, 1, 260, ways=way)
 
 
 def test_no_positions():
     empty = [simulated(np.zeros(s, "f4")) for s in ((0, 3, 4), (0, 1, 3))]
     with pytest.raises(ValueError, match="lse must not be empty"):
-        gpu.attention_forward(*empty, simulated(np.zeros((0, 3, 12), "f4")))
+        cuda.attention_forward(*empty, simulated(np.zeros((0, 3, 12), "f4")))

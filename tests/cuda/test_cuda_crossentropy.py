@@ -1,9 +1,9 @@
 """Softmax and cross-entropy on a GPU: right, counted and compiled."""
 
-import gpu as ladders
 import numpy as np
 import pytest
-from gpu import check_layer, check_machine_code, there
+from gpu import both, check_layer, check_machine_code, there
+from layers import NAMED, problem
 
 from llmnb.bench.rungs_crossentropy import loss_by_threads
 from llmnb.cuda import crossentropy as layer
@@ -27,24 +27,12 @@ GPT2 = 1, 1, 50257, 50304
 
 
 def draw(shape, logits=None):
-    """The ladders' arguments, forward and backward, for any width."""
-    B, T, V, Vp = shape
-    given = []
-    for name in ("forward", "backward"):
-        a = ladders.draw(f"crossentropy_softmax_{name}", B, T, 1, 1, V)
-        if logits is None:
-            a["logits"] = np.resize(6 * a["logits"], (B, T, Vp))
-            a["logits"][np.isnan(a["logits"])] = 1
-        else:
-            a["logits"] = logits
-        a["logits"][..., V:] = np.nan
-        given.append(a)
-    x = given[1]["logits"][..., :V].astype(np.float64)
-    top = x.max(-1)
-    lse = top + np.log(np.exp(x - top[..., None]).sum(-1))
-    given[1]["lse"] = lse.astype(np.float32)
-    given[1]["dlogits"] = np.full((B, T, Vp), np.nan, np.float32)
-    return given
+    """The arguments of both passes."""
+    (*sizes, V, Vp), row = shape, NAMED["crossentropy_softmax"]
+    p = problem(row, np.float32, row.sized(*sizes, V, Vp - V))
+    p["logits"][...] = p["logits"] - 20 if logits is None else logits
+    p["logits"][..., V:] = np.nan
+    return [arrays for _, arrays in both(row, p)]
 
 
 def run_forward(shape, logits=None, run=layer.crossentropy_softmax_forward):

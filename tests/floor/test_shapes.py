@@ -12,10 +12,11 @@ from itertools import combinations
 
 import numpy as np
 import pytest
+from gpu import halved, there
 
 from llmnb import cpu, cuda, reference
 from llmnb.cpu import gelu
-from llmnb.gpu.launch import DeviceArray, simulated
+from llmnb.gpu.launch import DeviceArray
 from llmnb.shapes import LIMITS, shapes
 
 # modules that layers are made with, and have no layer
@@ -87,30 +88,9 @@ def host_arguments(layer):
     return halved(layer, given)
 
 
-def halved(layer, given):
-    """The same, with what is asked for in bfloat16 as that: uint16."""
-    while True:
-        try:
-            layer.arguments.look(placed(cuda, given))
-        except TypeError as error:
-            name = re.search(
-                r": (\w+) must be uint16, got float32", str(error)
-            )
-            if not name:
-                return given
-            given[name[1]] = (given[name[1]].view(np.uint32) >> 16).astype(
-                "u2"
-            )
-        else:
-            return given
-
-
 def placed(backend, given):
     """The same arguments where the backend wants its arrays."""
-    if backend is not cuda:
-        return dict(given)
-    there = {n: x for n, x in given.items() if isinstance(x, np.ndarray)}
-    return given | {n: simulated(x) for n, x in there.items()}
+    return there(given) if backend is cuda else dict(given)
 
 
 def unaligned(x):
