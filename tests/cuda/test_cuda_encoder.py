@@ -4,15 +4,15 @@ import numpy as np
 import pytest
 from gpu import check_ladder, check_machine_code, draw, there
 
+from llmnb import cuda
 from llmnb.bench.rungs_encoder import ENCODER_BACKWARD, ENCODER_FORWARD
 from llmnb.cpu import encoder as cpu
-from llmnb.cuda import encoder_backward, encoder_forward, encoder_scratch
 from llmnb.cuda.encoder import into_buckets
 from llmnb.gpu.launch import empty, simulated, to_host
 from llmnb.gpu.simulator import watch
 
-FORWARD = (*ENCODER_FORWARD, encoder_forward)
-BACKWARD = (*ENCODER_BACKWARD, encoder_backward)
+FORWARD = (*ENCODER_FORWARD, cuda.encoder_forward)
+BACKWARD = (*ENCODER_BACKWARD, cuda.encoder_backward)
 # whole vectors, and not
 SHAPES = [(2, 3, 5, 1, 4), (3, 5, 32, 1, 9)]
 
@@ -45,7 +45,12 @@ def test_machine_code_backward(shape, version):
         assert (made.vector_loads > 0) is (made.vector_stores > 0) is vectors
 
 
-@pytest.mark.parametrize("layer", BACKWARD)
+def vectors_alone(dwte, dwpe, dout, inp):
+    """Token vectors without positions, and with a scale."""
+    cuda.embedding_backward(dwte, dout, inp, 3.0)
+
+
+@pytest.mark.parametrize("layer", (*BACKWARD, vectors_alone))
 def test_repeats_add_up_and_absent_rows_stay_even_as_nan(layer):
     inp = np.array([[2, 0, 2], [2, 0, 2]], np.int32)
     dwte, dwpe = np.full((4, 36), 7, "f4"), np.full((5, 36), 7, "f4")
@@ -53,9 +58,11 @@ def test_repeats_add_up_and_absent_rows_stay_even_as_nan(layer):
     grads = simulated(dwte), simulated(dwpe)
     layer(*grads, simulated(np.ones((2, 3, 36), "f4")), simulated(inp))
     got, positions = map(to_host, grads)
-    assert (got[0] == 9).all() and (got[2] == 11).all()
+    scale, seen = (3, 0) if layer is vectors_alone else (1, 2)
+    assert (got[0] == 7 + 2 * scale).all()
+    assert (got[2] == 7 + 4 * scale).all()
     assert np.isnan(got[[1, 3]]).all()
-    assert (positions == np.array([[9], [9], [9], [7], [7]])).all()
+    assert (positions == 7 + seen * (np.arange(5)[:, None] < 3)).all()
 
 
 @pytest.mark.parametrize("layer", BACKWARD[1:])
@@ -74,7 +81,7 @@ def test_buckets_keep_the_order_of_the_text(rows):
     """Every place once, by what its token leaves, and in order within."""
     inp = np.random.default_rng(rows).integers(0, 50, rows, np.int32)
     given = simulated(inp)
-    work = empty(encoder_scratch(rows), like=given)
+    work = empty(cuda.encoder_scratch(rows), like=given)
     with watch():
         order, starts, K = into_buckets(given, work)
     order, starts = to_host(order), to_host(starts)
@@ -91,6 +98,6 @@ def test_the_search_does_not_grow_with_the_square_of_the_text():
         arrays = *np.zeros((2, rows, 4), "f4"), np.zeros((1, rows, 4), "f4")
         arrays += (np.arange(rows, dtype=np.int32)[None],)
         with watch() as counted:
-            encoder_backward(*map(simulated, arrays))
+            cuda.encoder_backward(*map(simulated, arrays))
         seen.append(counted.reads)
     assert seen[1] < 7 * seen[0]

@@ -4,6 +4,8 @@ Those of GPT-2 are drawn from the ladders' table, the others from that of
 tests/layers.py.
 """
 
+import importlib
+
 import gpu
 import layers
 import numpy as np
@@ -165,6 +167,32 @@ def test_scratch_of_ones_own(name, size, place):
         layer(*given.values(), work=work[: size - 1])
 
 
+@pytest.mark.parametrize("C", [3, 4])
+@pytest.mark.parametrize("rows", [3, 4, 5, 31, 32, 33, 50])
+@pytest.mark.parametrize("name", ["layernorm", "rmsnorm"])
+def test_every_row_is_counted_once(name, rows, C, monkeypatch):
+    """The rows are cut into parts, here up to 8; none is lost."""
+    module = importlib.import_module(f"llmnb.cuda.{name}")
+    monkeypatch.setattr(module, "_parts", lambda n: min(8, -(-n // 4)))
+    layer = NAMED[name]
+    p = problem(layer, np.float32, layer.sized(1, rows, C))
+    p |= {k: np.ones_like(x) for k, x in p.items() if np.ndim(x)}
+    p["mean"] = 0 * p["rstd"]
+    given = there(layers.arguments(layer.ways[1], p))
+    getattr(cuda, layer.ways[1])(**given)
+    for sums in {"dweight", "dbias"} & {*given}:
+        np.testing.assert_array_equal(to_host(given[sums]), 1 + rows)
+
+
+@pytest.mark.parametrize(
+    ("scratch", "sums"),
+    [(cuda.layernorm_scratch, 2), (cuda.rmsnorm_scratch, 1)],
+)
+def test_scratch_of_norms(scratch, sums):
+    for shape, parts in (((1, 5), 1), ((9, 5), 3), ((1 << 20, 768), 512)):
+        assert scratch(*shape) == parts * sums * shape[1]
+
+
 @pytest.mark.parametrize("odd", [False, True])
 @pytest.mark.parametrize(
     "name", [name for name in OTHERS if "attention" not in name]
@@ -173,7 +201,11 @@ def test_machine_code(name, odd):
     layer, arrays, _ = drawn(name, SIZE, odd)
     with watch() as seen:
         layer(*there(arrays).values())
-    gpu.check_machine_code(seen, registers=64 if name in LIGHT else 255)
+    registers = 64 if name in LIGHT else 255
+    found = gpu.check_machine_code(seen, registers)
+    if "glu" in name:
+        (made,) = found.values()
+        assert (made.vector_loads > 0) is (made.vector_stores > 0) is not odd
 
 
 @pytest.mark.parametrize("name", LIGHT)

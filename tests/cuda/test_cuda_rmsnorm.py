@@ -1,12 +1,7 @@
 """RMSNorm on a GPU: long rows, what it moves."""
 
-import numpy as np
 import pytest
 from gpu import check_row
-
-from llmnb.cuda import rmsnorm
-from llmnb.cuda.rmsnorm import rmsnorm_backward, rmsnorm_scratch
-from llmnb.gpu.launch import simulated, to_host
 
 
 def check(*shape, add=True):
@@ -39,21 +34,3 @@ def test_what_backward_moves():
     assert seen.atomics == 0 and len(seen.launches) == 2
     _, over = check(1, rows, 256, add=False)
     assert over.sectors == seen.sectors - rows * 32  # dinp is not read
-
-
-@pytest.mark.parametrize("rows", [3, 4, 5, 31, 32, 33, 50])
-@pytest.mark.parametrize("C", [3, 4])
-def test_every_row_is_counted_once(monkeypatch, rows, C):
-    """The rows are cut into parts, here up to 8; none is lost."""
-    monkeypatch.setattr(rmsnorm, "_parts", lambda n: min(8, -(-n // 4)))
-    ones = np.ones((1, rows, C), np.float32)
-    dinp, dout, inp = (simulated(ones) for _ in range(3))
-    dweight, weight = (simulated(ones[0, 0]) for _ in range(2))
-    rstd = simulated(ones[..., 0])
-    rmsnorm_backward(dinp, dweight, dout, inp, weight, rstd)
-    np.testing.assert_array_equal(to_host(dweight), 1 + rows)
-
-
-def test_scratch():
-    for shape, parts in (((1, 5), 1), ((9, 5), 3), ((1 << 20, 768), 512)):
-        assert rmsnorm_scratch(*shape) == parts * shape[1]

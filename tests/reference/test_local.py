@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layers import NAMED, assert_near, copied, draw, passed, results
+from layers import NAMED, arguments, assert_near, copied, draw, passed, results
 
-from llmnb import cpu, reference
+from llmnb import cpu, cuda, reference
+from llmnb.gpu.launch import simulated
 
 BOTH = pytest.mark.parametrize("layer", (reference, cpu))
 LAYER = NAMED["local_attention"]
@@ -44,7 +45,7 @@ def test_bf16_is_as_near_as_attentions(rule):
     assert not np.array_equal(got["out"], passed(LAYER, cpu, p)["out"])
 
 
-@BOTH
+@pytest.mark.parametrize("layer", (reference, cpu, cuda))
 @pytest.mark.parametrize("rule, error, what", (
     ({"window": 0}, ValueError, "window must be None or a positive integer"),
     ({"window": 2.0}, ValueError, "window must be .* got 2.0"),
@@ -53,10 +54,13 @@ def test_bf16_is_as_near_as_attentions(rule):
     ({"softcap": "no"}, TypeError, "softcap must be a number, got str"),
 ))  # fmt: skip
 def test_a_rule_that_none_has(layer, rule, error, what):
-    p = draw("local_attention", 1, 3, 1, 1, 4) | rule
+    p = draw("local_attention", 1, 3, 1, 1, 4, dtype=np.float32)
     for way in LAYER.ways:
+        given = arguments(way, p) | rule
+        if layer is cuda:
+            given |= {k: simulated(x) for k, x in given.items() if np.ndim(x)}
         with pytest.raises(error, match=f"{way}: {what}"):
-            passed(LAYER, layer, p, [way])
+            getattr(layer, way)(**given)
 
 
 # norms of heads

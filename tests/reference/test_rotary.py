@@ -3,13 +3,12 @@
 import numpy as np
 import pytest
 
-from llmnb import cpu, reference
+from llmnb import cpu, cuda, reference
+from llmnb.gpu.launch import simulated
 from llmnb.reference.rotary import rope_frequencies
 
-BOTH = pytest.mark.parametrize("layer", (reference, cpu))
 
-
-@BOTH
+@pytest.mark.parametrize("layer", (reference, cpu, cuda))
 @pytest.mark.parametrize(
     "width, hs, heads, first, what",
     (
@@ -22,7 +21,9 @@ BOTH = pytest.mark.parametrize("layer", (reference, cpu))
     ),
 )
 def test_what_does_not_fit(layer, width, hs, heads, first, what):
-    x, table = np.zeros((1, 3, width)), np.zeros((4, hs))
+    x, table = np.zeros((1, 3, width), "f4"), np.zeros((4, hs), "f4")
+    if layer is cuda:
+        x, table = simulated(x), simulated(table)
     for name in ("rotary_forward", "rotary_backward"):
         with pytest.raises(ValueError, match=f"{name}: .*{what}"):
             getattr(layer, name)(x, table, heads, first)
