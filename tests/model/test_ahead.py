@@ -70,31 +70,35 @@ class Helper:
         return None if self.asked > 0 else 1
 
 
-def test_nobody_waits_for_a_helper_that_has_ended(tmp_path):
-    path, helper = tmp_path / "a.kernel", Helper(3)
-    look = partial(ahead._await_and_read, compiled._read, helper, path)
-    assert look() is None and helper.asked == 3
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "a.kernel"
+
+
+look = partial(ahead._await_and_read, compiled._read)
+
+
+def test_nobody_waits_for_a_helper_that_has_ended(path):
+    helper = Helper(3)
+    assert look(helper, path) is None and helper.asked == 3
     ahead._mark(path).touch()
-    assert look() is None and helper.asked == 0
+    assert look(helper, path) is None and helper.asked == 0
 
 
-def test_nobody_waits_for_ever(tmp_path, monkeypatch):
+def test_nobody_waits_for_ever(path, monkeypatch):
     """For a helper that was stopped at its work, say."""
-    path, helper = tmp_path / "a.kernel", Helper(10**9)
+    helper = Helper(10**9)
     ahead._mark(path).touch()
     monkeypatch.setattr(ahead, "PATIENCE", 0.05)
-    found = ahead._await_and_read(compiled._read, helper, path)
-    assert found is None and helper.asked < 10**9
+    assert look(helper, path) is None and helper.asked < 10**9
 
 
-def test_a_mark_that_was_left_keeps_nobody(tmp_path):
+def test_a_mark_that_was_left_keeps_nobody(path):
     """Of a helper that was killed at a kernel which then another made."""
-    path = tmp_path / "a.kernel"
     compiled._write(path, b"made")
     ahead._mark(path).touch()
     helper = Helper(10**9)
-    found = ahead._await_and_read(compiled._read, helper, path)
-    assert found == b"made" and helper.asked == 10**9
+    assert look(helper, path) == b"made" and helper.asked == 10**9
     assert ahead._read_or_mark(compiled._read, path) == b"made"
     assert not ahead._mark(path).exists()
 
@@ -124,8 +128,7 @@ def test_a_helper_ends_with_the_process_that_started_it(tmp_path):
     assert len([*tmp_path.rglob("*.kernel")]) < 20
 
 
-def test_a_kernel_is_awaited(tmp_path):
-    path = tmp_path / "a.kernel"
+def test_a_kernel_is_awaited(path):
     assert ahead._read_or_mark(compiled._read, path) is None
 
     class AtWork:
@@ -133,8 +136,8 @@ def test_a_kernel_is_awaited(tmp_path):
             ahead._write_and_unmark(compiled._write, path, b"made")
 
     assert ahead._mark(path).exists()
-    found = ahead._await_and_read(compiled._read, AtWork(), path)
-    assert found == b"made" and not ahead._mark(path).exists()
+    assert look(AtWork(), path) == b"made"
+    assert not ahead._mark(path).exists()
 
 
 def test_a_helper_is_started_once(tmp_path, monkeypatch):
