@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import numba
 import numpy as np
 import pytest
+import results_page
 from processes import wait_for
 
 from llmnb import cpu
@@ -361,8 +362,7 @@ def ended(pid):
 def test_llmc_sleeps_between_its_steps(train_gpt2):
     spec = {**SHAPE, "kind": "llmc", "path": str(train_gpt2)}
     spec |= {"batch_size": 4, "seq_len": 64}
-    runner = race.Contestant("llm.c", spec, ONE_THREAD)
-    try:
+    with closing(race.Contestant("llm.c", spec, ONE_THREAD)) as runner:
         folder = Path(runner._folder.name)
         size = 1024 + 4 * parameter_count(CFG)
         assert (folder / "gpt2_124M.bin").stat().st_size == size
@@ -374,8 +374,6 @@ def test_llmc_sleeps_between_its_steps(train_gpt2):
             assert "T (stopped)" in status
         memory = runner.finish()["peak_bytes"]
         assert 1e6 < memory < 5e7  # its own, not that of Python with NumPy
-    finally:
-        runner.close()
     assert not folder.exists()
     wait_for(lambda: ended(pid))
     with pytest.raises(ChildProcessError, match="the program has ended"):
@@ -802,18 +800,20 @@ def test_losses_are_those_of_the_cpu(gpu, monkeypatch):
     lines = lines_of(report(result))
     assert "| cuda tf32 | 2.5e-01 |" in lines
     assert "Not measured: cuda bf16 (why)." in lines
-    for row, error, message in (
-        (
-            {"loss": [math.inf]},
-            FloatingPointError,
-            "cpu fp32: the loss is inf",
-        ),
-        ({"unmeasured": "ended"}, ChildProcessError, "cpu fp32: ended"),
-    ):
-        rows = [{"name": "cpu fp32", **row}, {"name": "cuda", "loss": [1.0]}]
-        monkeypatch.setattr(module, "race", lambda *_, rows=rows: rows)
-        with pytest.raises(error, match=message):
-            module.losses_contest(("fp32",), settings)
+
+
+@pytest.mark.parametrize(
+    ("row", "error", "says"),
+    [
+        ({"loss": [math.inf]}, FloatingPointError, "the loss is inf"),
+        ({"unmeasured": "ended"}, ChildProcessError, "ended"),
+    ],
+)
+def test_losses_with_none_to_compare_with(row, error, says, monkeypatch):
+    rows = [{"name": "cpu fp32", **row}, {"name": "cuda", "loss": [1.0]}]
+    monkeypatch.setattr(module, "race", lambda *_: rows)
+    with pytest.raises(error, match=f"cpu fp32: {says}"):
+        module.losses_contest(("fp32",), Settings(backend="cuda"))
 
 
 def test_layers_that_were_timed_apart(monkeypatch):
@@ -835,7 +835,7 @@ def test_layers_that_were_timed_apart(monkeypatch):
 # the page of results
 
 
-def test_the_page_is_what_its_files_say(results_page):
+def test_the_page_is_what_its_files_say():
     found = results_page.results()
     assert found, "there are no results"
     text = (ROOT / "book" / "results.md").read_text("utf-8")
@@ -848,7 +848,7 @@ def test_the_page_is_what_its_files_say(results_page):
         assert "/" not in result["command"], "a folder of some machine"
 
 
-def test_a_page_of_results(results_page):
+def test_a_page_of_results():
     found = {"one": fake_result()}
     text = results_page.page(found)
     assert "## A processor, Linux, Python 3, 2 threads" in text
@@ -923,16 +923,12 @@ def test_a_race_of_writers(last, monkeypatch):
     json.dumps(result)
     text = report(result)
     words = "the same" if last == 2 else "OTHER"
-    assert (
-        f"5 tokens and 6 more, always the likeliest; both wrote {words}"
-        in (text)
-    )
-    same = "1.00 (1.00 to 1.00)"
-    lines = lines_of(text)
-    assert "| llmnb | 1,500.0 | 150.00 | 6.7 | | |" in lines
-    assert f"| transformers | 1,500.0 | 150.00 | 6.7 | {same} | {same} |" in (
-        lines
-    )
+    said = f"5 tokens and 6 more, always the likeliest; both wrote {words}"
+    assert said in text
+    lines, same = lines_of(text), "1.00 (1.00 to 1.00)"
+    row = "| 1,500.0 | 150.00 | 6.7 |"
+    assert f"| llmnb {row} | |" in lines
+    assert f"| transformers {row} {same} | {same} |" in lines
 
 
 def test_writers_race(torch_python):
@@ -996,10 +992,9 @@ def test_who_ends_in_the_race_stops_nobody(monkeypatch):
         assert (log == alone) is (backend == "cuda")
 
 
-def test_a_childs_path_keeps_what_it_was_given(monkeypatch, tmp_path):
+def test_a_childs_path_keeps_what_it_was_given(monkeypatch):
     """Wheels that were carried along lie on PYTHONPATH."""
-    (tmp_path / "carried.py").write_text("HERE = True")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", "carried")
     seen = {}
 
     def started(command, env, **_):
@@ -1009,4 +1004,4 @@ def test_a_childs_path_keeps_what_it_was_given(monkeypatch, tmp_path):
     monkeypatch.setattr(race.subprocess, "Popen", started)
     with pytest.raises(ChildProcessError, match="enough"):
         race.Contestant("me", {**SHAPE, **OURS}, ONE_THREAD)
-    assert seen["PYTHONPATH"].split(os.pathsep)[1:] == [str(tmp_path)]
+    assert seen["PYTHONPATH"].split(os.pathsep)[1:] == ["carried"]

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numba
 import numpy as np
 import pytest
+import results_page
 
 import llmnb.bench
 from llmnb.bench import clock, ladders
@@ -414,7 +415,7 @@ def test_the_figure(result):
     assert [round(x.get_width()) for x in second.patches] == [50, 100, 200]
 
 
-def test_the_page_with_and_without_times(results_page, result):
+def test_the_page_with_and_without_times(result):
     without = {"gpu": facts(result)}
     text = results_page.page(without)
     assert "**No time has been measured on a GPU yet.**" in text

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import results_page
 
 from llmnb import GPT2Config, cuda
 from llmnb.bench import gpu, start
@@ -28,7 +29,7 @@ print("|", *counts("refusals"), refused())
 """
 
 
-def test_rehearsed_from_end_to_end(on_standin, tmp_path, results_page):
+def test_rehearsed_from_end_to_end(on_standin, tmp_path):
     """Every launch and copy of a measurement; results there are none."""
     said = on_standin(REHEARSE, tmp_path / "6.json")
     assert said.rsplit("|", 1)[1].split() == ["0"]
