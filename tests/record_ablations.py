@@ -62,13 +62,8 @@ def losses(cfg, learnt, held_out, seed, peak, warmup, clip, beta2):
         norm = model.clip_gradients(clip)
         assert np.isfinite(norm)
         rate = learning_rate(step, peak, warmup, STEPS, final=0.05)
-        model.update(
-            rate,
-            beta2=beta2,
-            weight_decay=0.1,
-            step=step + 1,
-            decay=decaying(cfg),
-        )
+        rules = {"beta2": beta2, "weight_decay": 0.1, "decay": decaying(cfg)}
+        model.update(rate, step=step + 1, **rules)
 
 
 def main():
@@ -76,12 +71,9 @@ def main():
     rows = ["setting,seed," + ",".join(map(str, range(0, STEPS + 1, EVERY)))]
     for name, change in CHANGES.items():
         for seed in SEEDS if not change else SEEDS[:2]:
-            texts_and_seed = learnt, held_out, seed
-            how = DEFAULT | change
-            found = losses(GPT2Config(*SHAPE), *texts_and_seed, **how)
-            rows.append(
-                f"{name},{seed}," + ",".join(f"{x:.4f}" for x in found)
-            )
+            what = GPT2Config(*SHAPE), learnt, held_out, seed
+            found = [f"{x:.4f}" for x in losses(*what, **DEFAULT | change)]
+            rows.append(",".join([name, str(seed), *found]))
             print(rows[-1][:14], rows[-1][-6:], file=sys.stderr, flush=True)
     (DATA / "ablations.csv").write_text("\n".join(rows) + "\n")
 

@@ -74,12 +74,20 @@ def training(batches):
     return config, DataLoader([text.astype(np.uint16)], B, T)
 
 
+def leave(group, found, out):
+    """The first rank writes what was found; then the group ends."""
+    if group.first:
+        Path(out).write_text(json.dumps(found), "utf-8")
+    if group.size > 1:
+        group.close()
+
+
 def digest(model):
     return hashlib.sha256(model.memory.flat("params")).hexdigest()[:12]
 
 
 def worker(micro, steps, threads, out):
-    """Train GPT-2 124M for some steps; the first rank writes what it took."""
+    """Train GPT-2 124M for some steps, and write what it took."""
     numba.set_num_threads(threads)
     group, at = timed(find_group()), Progress()
     config, feed = training(micro)
@@ -98,10 +106,7 @@ def worker(micro, steps, threads, out):
     found = group.gather({
         "steps": rows, "peak": peak, "weights": digest(model), "sizes": sizes,
     })  # fmt: skip
-    if group.first:
-        Path(out).write_text(json.dumps(found), "utf-8")
-    if group.size > 1:
-        group.close()
+    leave(group, found, out)
 
 
 def overlap(steps, out):
@@ -125,10 +130,8 @@ def overlap(steps, out):
             seconds = time.perf_counter() - start
             rows[turn].append(max(group.gather(seconds)))
     weights = sorted({*group.gather(digest(model))})
-    if group.first:
-        found = {"after": rows[0], "meanwhile": rows[1], "weights": weights}
-        Path(out).write_text(json.dumps(found), "utf-8")
-    group.close()
+    found = {"after": rows[0], "meanwhile": rows[1], "weights": weights}
+    leave(group, found, out)
 
 
 def wire(out):
@@ -143,9 +146,7 @@ def wire(out):
             group.spread(array, [(0, half), (half, size)])
             times.append(time.perf_counter() - start)
         rows.append((half * 4, statistics.median(times)))
-    if group.first:
-        Path(out).write_text(json.dumps(rows), "utf-8")
-    group.close()
+    leave(group, rows, out)
 
 
 # from outside
@@ -201,13 +202,14 @@ def here():
 
 
 @contextlib.contextmanager
-def hosts(folder):
-    """Two network namespaces with a link; yields mpirun's beginning."""
+def hosts():
+    """Two network namespaces with a link; yields how to launch there."""
 
     def ip(*words):
         subprocess.run(["ip", *words], check=True)
 
-    agent, listed = Path(folder, "agent"), Path(folder, "hosts")
+    folder = tempfile.TemporaryDirectory()
+    agent, listed = Path(folder.name, "agent"), Path(folder.name, "hosts")
     agent.write_text(
         f'#!/bin/sh\nshift\nexec ip netns exec {NAMES[1]} unshare -u '
         f'sh -c "hostname {NAMES[1]}; $*"\n'
@@ -223,14 +225,15 @@ def hosts(folder):
             ip("-n", name, "addr", "add", f"10.77.0.{k}/24", "dev", "veth0")
             for device in ("veth0", "lo"):
                 ip("-n", name, "link", "set", device, "up")
-        yield (
-            ["ip", "netns", "exec", NAMES[0]],
-            ["--hostfile", listed, "--map-by", "node",
-             "--prtemca", "plm_ssh_agent", agent],
-        )  # fmt: skip
+        yield {
+            "before": ["ip", "netns", "exec", NAMES[0]],
+            "options": ["--hostfile", listed, "--map-by", "node",
+                        "--prtemca", "plm_ssh_agent", agent],
+        }  # fmt: skip
     finally:
         for name in NAMES:
             subprocess.run(["ip", "netns", "del", name], check=False)
+        folder.cleanup()
 
 
 def counted(name):
@@ -253,11 +256,9 @@ def set_rate(rate):
 def link():
     """Two ranks on two hosts, with three rates of the link between them."""
     found = {}
-    with tempfile.TemporaryDirectory() as folder, hosts(folder) as how:
-        before, options = how
+    with hosts() as where:
         for name, rate in RATES.items():
             set_rate(rate)
-            where = {"before": before, "options": options}
             row = {"wire": launched(2, "wire", **where)}
             if rate != "100mbit":
                 start = [counted(host) for host in NAMES]
@@ -277,11 +278,9 @@ def overlapping(turns=4):
     """The steps of `overlap` on one machine, and over two rates of a link."""
     plain = launched(2, "overlap", -turns)["weights"]
     found = {"one machine": launched(2, "overlap", turns)}
-    with tempfile.TemporaryDirectory() as folder, hosts(folder) as how:
-        before, options = how
+    with hosts() as where:
         for name in ("1 Gbit/s", "10 Gbit/s"):
             set_rate(RATES[name])
-            where = {"before": before, "options": options}
             found[name] = launched(2, "overlap", turns, **where)
             print(name, found[name], flush=True)
     for row in found.values():

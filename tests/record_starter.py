@@ -21,9 +21,9 @@ from llmnb.formats.starter import write_debug_state as write_state
 SMALL = GPT2Config(64, 300, 3, 4, 64)
 
 
-def arrays(model, of=lambda p: p):
-    """The model's tensors, float32, by llm.c's names."""
-    return {k: x.astype(np.float32) for k, x in model.tensors(of).items()}
+def single(arrays):
+    """The same in float32, by name."""
+    return {k: x.astype(np.float32) for k, x in arrays.items()}
 
 
 def write_pack(folder, name, cfg, params, state, losses):
@@ -37,7 +37,7 @@ def write_pack(folder, name, cfg, params, state, losses):
 def record(folder, cfg, batch_size, seq_len, name="gpt2_124M", spread=1):
     """Write a pack of a random model; spread: makes its weights larger."""
     import torch
-    from record_parity import TorchGPT2
+    from record_parity import TorchGPT2, ten_steps
 
     torch.manual_seed(0)
     model = TorchGPT2(**vars(cfg))
@@ -49,22 +49,13 @@ def record(folder, cfg, batch_size, seq_len, name="gpt2_124M", spread=1):
     rng = np.random.default_rng(1)
     shape = batch_size, seq_len + 1
     tokens = rng.integers(0, cfg.vocab_size, shape, np.int32)
-    batch = torch.from_numpy(tokens.astype(np.int64))
-    params = arrays(model)
+    params = single(model.tensors())
     optimizer = model.optimizer(1e-4, (0.9, 0.999), 0.01)
-    losses = []
-    for step in range(10):
-        logits = model(batch[:, :-1])
-        loss = model.loss(logits, batch[:, 1:])
-        optimizer.zero_grad()
-        loss.backward()
-        losses.append(loss.item())
-        if step == 0:
-            state = State(
-                *(tokens[:, :-1], tokens[:, 1:], logits.detach().numpy()),
-                *(loss.item(), arrays(model, lambda p: p.grad)),
-            )
-        optimizer.step()
+    found = ten_steps(model, optimizer, tokens)
+    losses, grads = found["losses"], single(found["grads"])
+    state = State(
+        tokens[:, :-1], tokens[:, 1:], found["logits"], losses[0], grads
+    )
     write_pack(Path(folder), name, cfg, params, state, losses)
 
 

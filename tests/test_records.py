@@ -52,6 +52,17 @@ def test_what_a_script_imports_is_there(path):
         )
 
 
+@pytest.fixture
+def put(monkeypatch):
+    """Have a module's names mean something else."""
+
+    def put(module, **values):
+        for name, value in values.items():
+            monkeypatch.setattr(module, name, value)
+
+    return put
+
+
 def lines(path):
     return path.read_text("utf-8").splitlines()
 
@@ -63,7 +74,7 @@ def keys(path):
 # what is trained here
 
 
-def test_the_hour(tmp_path, monkeypatch):
+def test_the_hour(tmp_path, put):
     config = TrainConfig(
         corpus=(str(LIBRARY),), limit=30_000, vocab_size=300, num_layers=1,
         num_heads=2, channels=16, seq_len=256, batch_size=2, steps=4,
@@ -73,8 +84,7 @@ def test_the_hour(tmp_path, monkeypatch):
     run, hour = begin(run_folder(tmp_path / "run"), config), tmp_path / "hour"
     list(follow(run))
     finish(run)
-    monkeypatch.setattr(record_hour, "HOUR", hour)
-    monkeypatch.setattr(record_hour, "SAMPLED", (0, 4))
+    put(record_hour, HOUR=hour, SAMPLED=(0, 4))
     record_hour.main(tmp_path / "run")
     names = {x.name for x in (BOOK / "hour").iterdir()}
     assert {x.name for x in hour.iterdir()} == names
@@ -88,17 +98,14 @@ def test_the_hour(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def little(monkeypatch):
+def little(monkeypatch, put):
     """A model of few channels, trained for two steps on random tokens."""
     tokens = np.random.default_rng(1).integers(0, 300, 2000, np.uint16)
     for module in record_ablations, record_changes:
-        monkeypatch.setattr(module, "SHAPE", SHAPE)
-        monkeypatch.setattr(module, "STEPS", 2)
-        monkeypatch.setattr(module, "SEEDS", (42,))
-        monkeypatch.setattr(module, "texts", lambda: (tokens, tokens[:200]))
+        put(module, SHAPE=SHAPE, STEPS=2, SEEDS=(42,))
+        put(module, texts=lambda: (tokens, tokens[:200]))
     monkeypatch.setitem(record_ablations.DEFAULT, "warmup", 1)
-    for name, value in {"B": 2, "T": 16, "EVERY": 1}.items():
-        monkeypatch.setattr(record_ablations, name, value)
+    put(record_ablations, B=2, T=16, EVERY=1)
 
 
 def named(rows):
@@ -111,17 +118,16 @@ def named(rows):
     [(record_ablations, "ablations.csv"), (record_changes, "families.csv")],
     ids=["ablations", "changes"],
 )
-def test_settings_and_families(little, tmp_path, monkeypatch, script, name):
-    monkeypatch.setattr(script, "DATA", tmp_path)
+def test_settings_and_families(little, tmp_path, put, script, name):
+    put(script, DATA=tmp_path)
     script.main()
     new, old = lines(tmp_path / name), lines(DATA / name)
     assert named(new) == named(old)
 
 
-def test_the_text(tmp_path, monkeypatch):
+def test_the_text(tmp_path, put):
     """The kept file is of Python 3.11.7; all begin with some documents."""
-    monkeypatch.setattr(record_library, "DATA", tmp_path)
-    monkeypatch.setattr(record_library, "CHARACTERS", 20_000)
+    put(record_library, DATA=tmp_path, CHARACTERS=20_000)
     record_library.main()
     with gzip.open(tmp_path / LIBRARY.name, "rt", "utf-8") as file:
         texts = [json.loads(line)["text"] for line in file]
@@ -149,23 +155,23 @@ def test_a_starter_pack(tmp_path):
     assert len(checks) == 28 and all(x.ok for x in checks)
 
 
-def test_pytorchs_curve(tmp_path, monkeypatch):
+def test_pytorchs_curve(tmp_path, put):
     torch = pytest.importorskip("torch")
     import record_curve
 
-    monkeypatch.setattr(record_curve, "STEPS", 2)
-    tokens = record_curve.read_tokens(DATA / "curve_tokens.bin")
+    put(record_curve, STEPS=2)
+    tokens = record_curve.read_shard(DATA / "curve_tokens.bin")
+    tokens = torch.from_numpy(tokens.astype(np.int64))
     found = record_curve.curve(tokens, torch.float32)
     record_curve.write(tmp_path / "curve.csv", loss=found)
     assert lines(tmp_path / "curve.csv")[-1].startswith("1,")
 
 
-def test_transformers_families(tmp_path, monkeypatch):
+def test_transformers_families(tmp_path, put):
     pytest.importorskip("transformers")
     import record_families
 
-    monkeypatch.setattr(record_families, "FOLDER", tmp_path)
-    monkeypatch.setattr(record_families, "STEPS", 2)
+    put(record_families, FOLDER=tmp_path, STEPS=2)
     record_families.record("gemma3", *record_families.CASES["gemma3"])
     with np.load(DATA / "families" / "gemma3" / "expected.npz") as old:
         new = np.load(tmp_path / "gemma3" / "expected.npz")
@@ -190,21 +196,19 @@ def published(tmp_path):
     return lambda name: folder
 
 
-def test_the_conversation(published, tmp_path, monkeypatch):
+def test_the_conversation(published, tmp_path, put):
     import record_chat as script
 
     options = partial(script.ChatOptions, context=32, tokens=4)
-    monkeypatch.setattr(script, "ChatOptions", options)
-    monkeypatch.setattr(script, "fetch_wheel", published)
-    monkeypatch.setattr(script, "QUESTIONS", ("the", "new"))
-    monkeypatch.setattr(script, "BOOK", tmp_path)
+    put(script, ChatOptions=options, QUESTIONS=("the", "new"))
+    put(script, fetch_wheel=published, BOOK=tmp_path)
     script.main()
     assert keys(tmp_path / "chat.json") == keys(BOOK / "chat.json")
     said = json.loads((tmp_path / "chat.json").read_text("utf-8"))["messages"]
     assert [x["role"] for x in said] == ["user", "assistant"] * 2
 
 
-def test_fine_tuning(published, tmp_path, monkeypatch):
+def test_fine_tuning(published, tmp_path, put):
     pytest.importorskip("resource")
     import record_lora as script
 
@@ -212,10 +216,8 @@ def test_fine_tuning(published, tmp_path, monkeypatch):
         found = script.measured(command[-1])
         return SimpleNamespace(stdout=json.dumps(found))
 
-    monkeypatch.setattr(script, "fetch_wheel", published)
-    monkeypatch.setattr(script, "T", 8)
-    monkeypatch.setattr(script, "subprocess", SimpleNamespace(run=run))
-    monkeypatch.setattr(script, "BOOK", tmp_path)
+    put(script, T=8, subprocess=SimpleNamespace(run=run))
+    put(script, fetch_wheel=published, BOOK=tmp_path)
     script.main()
     assert keys(tmp_path / "lora.json") == keys(BOOK / "lora.json")
 
@@ -223,18 +225,15 @@ def test_fine_tuning(published, tmp_path, monkeypatch):
 # several processes
 
 
-def test_machines(tmp_path, monkeypatch):
+def test_machines(tmp_path, monkeypatch, put):
     """A rank's work, in this process, and what is made of it."""
     pytest.importorskip("resource")
     import record_machines as script
 
     tiny = {"num_layers": 1, "num_heads": 2, "channels": 16, "depth": 0}
-    monkeypatch.setattr(
-        script, "TrainConfig", lambda **how: TrainConfig(**how | tiny)
-    )
+    put(script, TrainConfig=lambda **how: TrainConfig(**how | tiny))
     monkeypatch.setattr("numba.set_num_threads", lambda count: None)
-    for name, value in {"B": 2, "T": 8, "V": 50}.items():
-        monkeypatch.setattr(script, name, value)
+    put(script, B=2, T=8, V=50)
     script.worker(2, 3, 1, tmp_path / "found.json")
     (rank,) = json.loads((tmp_path / "found.json").read_text("utf-8"))
     assert len(rank["steps"]) == 3
