@@ -6,17 +6,17 @@ they are older than their sources, or where there is no Chromium.
 """
 
 import functools
-import http.server
 import json
 import os
 import re
 import shutil
-import threading
 from html.parser import HTMLParser
+from http.server import SimpleHTTPRequestHandler
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from processes import served
 
 from llmnb.book.export import chapter_label
 from llmnb.book.pages import CHROMIUM, READY
@@ -64,17 +64,6 @@ def test_the_glossary_is_sorted_and_each_term_names_its_chapter():
             assert chapter_label(path) == number, name
         home = (ROOT / links[0][1]).with_suffix(".py").read_text("utf-8")
         assert said(name, home.lower()), f"{name}: not in {links[0][1]}"
-
-
-def test_a_link_to_the_glossary_names_a_term_of_it():
-    text = (BOOK / "glossary.md").read_text("utf-8")
-    terms = re.findall(r"^(?![` \n>#])(.+)\n  ", text, re.M)
-    there = {re.sub(r"[^a-zA-Z0-9]+", "-", x).strip("-") for x in terms}
-    for path in CHAPTERS:
-        found = re.findall(
-            r"glossary\.md#term-([\w-]+)", path.read_text("utf-8")
-        )
-        assert set(found) <= there, path.name
 
 
 def test_every_work_in_the_bibliography_is_introduced_once():
@@ -226,7 +215,7 @@ def test_chapters_show_their_exported_cells_and_their_number(built):
 # The built pages, in a browser
 
 
-class QuietHandler(http.server.SimpleHTTPRequestHandler):
+class QuietHandler(SimpleHTTPRequestHandler):
     def log_message(self, *args):
         pass
 
@@ -234,11 +223,8 @@ class QuietHandler(http.server.SimpleHTTPRequestHandler):
 @pytest.fixture(scope="module")
 def address():
     """The built book behind a web server on this machine."""
-    handler = functools.partial(QuietHandler, directory=HTML)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
+    with served(functools.partial(QuietHandler, directory=HTML)) as home:
+        yield home
 
 
 @pytest.fixture(scope="module")
@@ -262,13 +248,15 @@ FRAMES = (
 
 
 class Visit:
-    """A page in a window of its own, and what went wrong in loading it."""
+    """A page in a window of its own, and what went wrong in loading it.
 
-    def __init__(self, browser, home, width, scheme="light"):
+    how: what else is special about the browser, such as has_touch=True.
+    """
+
+    def __init__(self, browser, home, width, scheme="light", **how):
         self.home, self.trouble = home, []
-        self.context = browser.new_context(
-            viewport={"width": width, "height": 844}, color_scheme=scheme
-        )
+        how["viewport"] = {"width": width, "height": 844}
+        self.context = browser.new_context(color_scheme=scheme, **how)
         self.page = self.context.new_page()
         inside = home, "data:", "blob:"
         for event, bad, words in (
@@ -433,24 +421,6 @@ def test_exported_cells_are_marked(visit):
     assert contrast(*mark["textColours"]) >= 4.5
 
 
-@narrow
-def test_solutions_are_folded_and_open(visit):
-    page = visit.open(LAYERNORM)
-    cell = page.locator("details.fold:not(.exercise)").first
-    code = cell.locator("pre").first
-    assert not code.is_visible()
-    cell.locator("summary").click()
-    assert code.is_visible()
-    solution = page.locator("details.exercise").first
-    text, check = solution.locator("p").first, solution.locator("pre")
-    assert not text.is_visible()
-    assert not check.last.is_visible()
-    solution.locator("summary").click()
-    text.wait_for(state="visible")
-    assert check.last.is_visible()
-    assert visit.trouble == []
-
-
 @pytest.fixture(scope="module")
 def searching(browser, address):
     """The page that searches, with its index, for many questions."""
@@ -474,30 +444,25 @@ def test_search_finds_a_chapter_by_its_subject(searching, path):
     assert f"notebooks/{place(path)}" in searching.evaluate(FOUND, subject)
 
 
+@pytest.mark.parametrize("unpacks", [False, True])
 @pytest.mark.parametrize("disk", [False, True])
-def test_a_browser_that_cannot_unpack_gets_mathjax_plain(
-    browser, address, disk
+def test_equations_from_disk_and_where_a_browser_cannot_unpack(
+    browser, address, disk, unpacks
 ):
+    """It is given MathJax plain."""
     home = HTML.resolve().as_uri() if disk else address
     with Visit(browser, home, 1280) as visit:
-        visit.page.add_init_script("delete window.DecompressionStream")
+        if not unpacks:
+            visit.page.add_init_script("delete window.DecompressionStream")
         asked = []
         visit.page.on("request", lambda request: asked.append(request.url))
         page = visit.open(LAYERNORM)
-        assert f"{home}/_static/mathjax/plain.js" in asked
+        assert (f"{home}/_static/mathjax/plain.js" in asked) is not unpacks
         assert page.evaluate(UNRENDERED) == []
         assert page.locator("mjx-container").count() > 20
         assert visit.trouble == []
-
-
-def test_pages_work_from_disk_without_a_server(browser):
-    with Visit(browser, HTML.resolve().as_uri(), 1280) as visit:
-        page = visit.open(LAYERNORM)
-        assert page.evaluate(UNRENDERED) == []
-        assert page.locator("mjx-container").count() > 20
-        assert visit.trouble == []
-        # here Chromium forbids the extracts, which are fetched, not the list
-        page.goto(f"{visit.home}/search.html?q=attention")
+        # from disk Chromium forbids the extracts, not the list
+        page.goto(f"{home}/search.html?q=attention")
         page.wait_for_selector("#search-results li a")
 
 

@@ -20,8 +20,8 @@ import nbformat
 import numpy as np
 import pytest
 from PIL import Image
-from test_book import HTML, address, browser, built_pages, contrast, narrow
-from test_book import scheme, visit, why_not_built, width
+from test_book import HTML, LAYERNORM, address, browser, built_pages, contrast
+from test_book import narrow, scheme, visit, why_not_built, width
 
 from llmnb.book import notebook
 from llmnb.book.diagram import LAYERS, PALETTE
@@ -107,12 +107,16 @@ def test_a_picture_of_few_colours_has_a_table_of_them():
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_stored_figures_are_light_lines(path):
+def test_stored_figures_are_light_lines_in_colours_of_the_palette(path):
+    """Any other colour would be the same on a light page and a dark one."""
+    known = {*PALETTE.values(), "#000000", "#ffffff", "#808080"}
     assert not pictures(path, DOTS)
     for name, svg in pictures(path, LINES):
         assert len(svg) <= notebook.HEAVY, name
         assert "<metadata" not in svg, name
         ElementTree.fromstring(svg)
+        used = set(re.findall(r"(?:fill|stroke): (#\w{6})", svg))
+        assert used <= known, name
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -120,15 +124,6 @@ def test_no_figure_is_stored_as_its_name_alone(path):
     """A Figure is shown only where pyplot has chosen how."""
     named = [x for _, x in pictures(path, "text/plain") if "<Figure" in x]
     assert len(named) <= len(pictures(path, LINES))
-
-
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_stored_figures_use_the_palette(path):
-    """Any other colour would be the same on a light page and a dark one."""
-    known = {*PALETTE.values(), "#000000", "#ffffff", "#808080"}
-    for name, svg in pictures(path, LINES):
-        used = set(re.findall(r"(?:fill|stroke): (#\w{6})", svg))
-        assert used <= known, name
 
 
 def test_nbval_takes_dots_for_lines_and_lines_for_dots(tmp_path):
@@ -228,24 +223,11 @@ SIZES = """() => [...document.querySelector("svg.drawing")
     .map(x => 100 * Math.abs(x.getScreenCTM().d))"""
 
 
-def a_page(with_roadmap=False):
-    """A built chapter with figures, the one on LayerNorm if it is there."""
-    there = [
-        name
-        for name, path in chapters()
-        if not with_roadmap
-        or "gpt2_diagram(lit" in path.with_suffix(".py").read_text("utf-8")
-    ]
-    if not there:
-        pytest.skip("no such chapter is built")
-    return max(there, key=lambda name: name.endswith("06_layernorm.html"))
-
-
 def test_colours_change_with_the_theme_and_keep_their_contrast(visit):
-    name, found = a_page(), {}
+    found = {}
     for theme in ("light", "dark"):
         visit.page.emulate_media(color_scheme=theme)
-        page, found[theme] = visit.open(name).evaluate(PAINTED)
+        page, found[theme] = visit.open(LAYERNORM).evaluate(PAINTED)
         for variable, colour in found[theme].items():
             least = {"--text": 4.5, "--line": 3}.get(variable[:6], 0)
             quiet = variable.endswith(("paper", "pale"))
@@ -257,8 +239,7 @@ def test_colours_change_with_the_theme_and_keep_their_contrast(visit):
 
 @narrow
 def test_the_roadmap_can_be_read_on_a_phone(visit):
-    name = a_page(with_roadmap=True)
-    sizes = visit.open(name).evaluate(SIZES)
+    sizes = visit.open(LAYERNORM).evaluate(SIZES)
     assert len(sizes) >= 20
     assert min(sizes) >= 9
 

@@ -26,38 +26,8 @@ MOST_BYTES, MOST_REQUESTS = 1_200_000, 15
 # The sources
 
 
-@pytest.fixture(scope="module")
-def extension():
-    """book/_ext, to import from."""
-    pytest.importorskip("sphinx")
-    sys.path.insert(0, str(BOOK / "_ext"))
-    yield
-    sys.path.remove(str(BOOK / "_ext"))
-
-
-def test_every_reference_in_the_notebooks_has_its_target(extension):
-    import links
-
-    known, dead, count = links.numbered(), [], 0
-    for path in CHAPTERS:
-        for match in links.REFERENCE.finditer(path.read_text("utf-8")):
-            kind = match.lastgroup
-            label = links.LABEL if kind == "chapter" else links.NUMBER
-            for number in re.findall(label, match[0]):
-                count += 1
-                there = (
-                    number in links.PAGES
-                    if kind == "chapter"
-                    else links.anchor(kind, number) in known
-                )
-                dead += [] if there else [f"{path.name}: {kind} {number}"]
-    assert count > 500
-    assert not dead
-
-
-def test_a_line_of_references_is_cut_at_each(extension):
-    import links
-
+def test_a_line_of_references_is_cut_at_each():
+    links = pytest.importorskip("links")
     text = "By (1.6.1), figures 1.6.2 and 1.6.3 and chapters 1.5 to 1.7."
     targets = object.__new__(links.Targets)
     targets.address = lambda kind, number, page: f"{kind} {number}"
@@ -72,8 +42,8 @@ def test_a_line_of_references_is_cut_at_each(extension):
     assert "".join(x for x, _ in targets.split(text, "here")) == text
 
 
-def test_a_reference_may_reach_over_the_end_of_a_line(extension):
-    import links
+def test_a_reference_may_reach_over_the_end_of_a_line():
+    links = pytest.importorskip("links")
     from docutils.core import publish_doctree
     from docutils.nodes import reference
 
@@ -90,46 +60,45 @@ def test_a_reference_may_reach_over_the_end_of_a_line(extension):
     assert page.astext() == text
 
 
-def test_docstrings_become_lists(extension):
-    from docstrings import block_lines, columns, split
-
+def test_docstrings_become_lists():
+    ext = pytest.importorskip("docstrings")
     text = "out, inp: (B, T, C). All of one dtype. Raises ValueError if not."
-    assert [*split(text)] == [
+    assert [*ext.split(text)] == [
         ("``out``, ``inp``", "(B, T, C)."),
         (None, "All of one dtype."),
         ("Raises", "ValueError if not."),
     ]
     block = "out   (B, T)   float, written\nwte   (V, C)   the table"
-    assert columns(block) == [
+    assert ext.columns(block) == [
         ("``out``", "(B, T), float, written"),
         ("``wte``", "(V, C), the table"),
     ]
-    assert columns("One line.\nAnother line.") is None
+    assert ext.columns("One line.\nAnother line.") is None
     # a name in backticks may reach over the end of a line
-    assert "``a + b``" in "\n".join(block_lines("Computes `a +\nb` at once."))
+    lines = ext.block_lines("Computes `a +\nb` at once.")
+    assert "``a + b``" in "\n".join(lines)
 
 
-def test_styles_are_pruned_by_the_classes_in_use(extension):
-    from weight import drop_variables, move_addresses, prune
-
+def test_styles_are_pruned_by_the_classes_in_use():
+    weight = pytest.importorskip("weight")
     css = "@import 'x';a{b:c}.on,.off{b:c}.off a{b:c}"
     css += "@media print{.off{b:c}.on:not(.off){b:c}}.fa-x{b:c}"
     want = "a{b:c}.on{b:c}@media print{.on:not(.off){b:c}}"
-    assert prune(css, {"on", "fa-x"}) == want
+    assert weight.prune(css, {"on", "fa-x"}) == want
     css = 'x{--pst-a:url("data:b;c");--pst-d:e;--pst-f:var(--pst-a)}'
     css += "y{c:var(--pst-d)}"
     want = "x{--pst-d:e;}y{c:var(--pst-d)}"
-    assert drop_variables(css, "") == want
+    assert weight.drop_variables(css, "") == want
     css = 'url("../a.woff2") url(data:x) url(/b) url(c.png)'
     want = 'url("a.woff2") url(data:x) url(/b) url(styles/c.png)'
-    assert move_addresses(css, "styles") == want
+    assert weight.move_addresses(css, "styles") == want
 
 
-def test_no_line_ends_inside_a_short_tuple_of_a_table(extension):
-    from weight import keep_tuples
+def test_no_line_ends_inside_a_short_tuple_of_a_table():
+    weight = pytest.importorskip("weight")
 
     def kept(text):
-        return keep_tuples(re.match("(?s).*", text))
+        return weight.keep_tuples(re.match("(?s).*", text))
 
     whole = '<td><p><span class="whole">(L, B, T)</span>, twice</p></td>'
     assert kept("<td><p>(L, B, T), twice</p></td>") == whole
@@ -218,16 +187,18 @@ def test_a_chapter_has_one_name_everywhere(built, subjects):
         if page not in built:
             pytest.skip("a book of some chapters only")
         text = (HTML / page).read_text("utf-8")
-        assert plain(
-            re.search("<title>(.+?)</title>", text, re.S)[1]
-        ).startswith(name)
-        heading = plain(re.search(r"<h1>(.+?)</h1>", text.split("<article")[1],
-                                  re.S)[1])  # fmt: skip
-        number, _, short = name.partition(" ")
-        assert heading.startswith(f"Chapter {number} "), heading
-        current = re.search(r'class="current reference[^>]*>(.*?)</a>', text,
-                            re.S)  # fmt: skip
-        assert plain(current[1]) == name
+        article = text[text.index("<article") :]
+        title, heading, current = (
+            plain(re.search(rf"(?s){begin}(.+?){end}", where)[1])
+            for begin, end, where in (
+                ("<title>", "</title>", text),
+                ("<h1>", "</h1>", article),
+                ('class="current reference[^>]*>', "</a>", text),
+            )
+        )
+        assert title.startswith(name)
+        assert heading.startswith(f"Chapter {name.split()[0]} "), heading
+        assert current == name
         for link in re.findall(r'class="prev-next-title">(.+?)</p>', text):
             assert not re.match(r".*: ", plain(link)), (page, link)
 
@@ -292,18 +263,30 @@ def address():
     return HTML.resolve().as_uri()
 
 
-CARDS = (
-    ('a[href="#eq-1-6-10"]', "(1.6.10) · 1.6 LayerNorm", "mjx-container"),
-    ('a[href="#fig-1-6-4"]', "Figure 1.6.4. LayerNorm with three", "img, svg"),
-    ('article p a[href="01_learns.html"]', "1.1 A model that learns", "p"),
+LEARNS, ATTENTION = (
+    f"notebooks/1_by_hand/{x}.html" for x in ("01_learns", "08_attention")
 )
+# a page, a link on it, what its card says and shows
+CARDS = (
+    (LAYERNORM, 'a[href="#eq-1-6-10"]', "(1.6.10) · 1.6 LayerNorm",
+     "mjx-container"),
+    (LAYERNORM, 'a[href="#fig-1-6-4"]', "Figure 1.6.4. LayerNorm with three",
+     "img, svg"),
+    (LAYERNORM, 'article p a[href="01_learns.html"]',
+     "1.1 A model that learns", "p"),
+    (LEARNS, "article a[href*='#term-']", "", ".card-text"),
+    (ATTENTION, "a.api-name[href*='attention']", None, ".card-code"),
+)  # fmt: skip
 
 
 def test_a_link_shows_a_card_of_its_target(visit):
-    page = visit.open(LAYERNORM)
-    for link, text, inside in CARDS:
-        page.locator(link).first.hover()
+    """That of a name shows the name."""
+    for name, link, text, inside in CARDS:
+        page = visit.open(name)
+        link = page.locator(link).first
+        link.hover()
         page.wait_for_selector(f"{CARD} :is({inside})")
+        text = link.inner_text() if text is None else text
         assert text in page.locator(CARD).inner_text()
         box = page.locator(CARD).bounding_box()
         assert box["x"] >= 0 and box["x"] + box["width"] <= 1280
@@ -324,39 +307,23 @@ def test_a_card_opens_by_keyboard_and_is_named(visit):
     assert box["x"] >= 0 and box["x"] + box["width"] <= 390
 
 
-def test_names_and_terms_have_cards(visit):
-    page = visit.open("notebooks/1_by_hand/01_learns.html")
-    page.locator("article a[href*='#term-']").first.hover()
-    page.wait_for_selector(f"{CARD} .card-text")
-    page.keyboard.press("Escape")
-    page = visit.open("notebooks/1_by_hand/08_attention.html")
-    name = page.locator("a.api-name[href*='attention']").first
-    name.hover()
-    page.wait_for_selector(f"{CARD} .card-code")
-    assert name.inner_text() in page.locator(CARD).inner_text()
-
-
 def test_comments_in_code_link_to_equations(visit):
-    page = visit.open("notebooks/1_by_hand/01_learns.html")
+    page = visit.open(LEARNS)
     links = page.locator(".highlight .c1 a[href='#eq-1-1-6']")
     assert links.count() >= 2
-    source = "_modules/llmnb/reference/matmul.html"
     if not (HTML / "notebooks/1_by_hand/07_matmul.html").exists():
         pytest.skip("a book of some chapters only")
-    page = visit.open(source)
+    page = visit.open("_modules/llmnb/reference/matmul.html")
     links = page.locator(".highlight a[href*='#eq-1-7-']")
     assert links.count() >= 1
 
 
 def test_a_tap_follows_the_link(browser, address):
-    phone = {"width": 390, "height": 844}
-    context = browser.new_context(has_touch=True, viewport=phone)
-    page = context.new_page()
-    page.goto(f"{address}/{LAYERNORM}")
-    page.locator("article p a[href='01_learns.html']").first.tap()
-    page.wait_for_url("**/01_learns.html")
-    assert page.locator(CARD).count() == 0
-    context.close()
+    with Visit(browser, address, 390, has_touch=True) as visit:
+        page = visit.open(LAYERNORM)
+        page.locator("article p a[href='01_learns.html']").first.tap()
+        page.wait_for_url("**/01_learns.html")
+        assert page.locator(CARD).count() == 0
 
 
 SEARCHES = {
@@ -396,35 +363,20 @@ def test_search_as_you_type(visit):
     assert visit.trouble == []
 
 
-def loaded(browser, address, name):
-    """The files that a page loads before you scroll, with their sizes."""
-    files = {}
-
-    def note(request):
-        parts = urlsplit(request.url)
-        if parts.scheme == "file":
-            path = Path(unquote(parts.path))
-            files[path] = path.stat().st_size
-
-    with Visit(browser, address, 1280) as visit:
-        visit.page.on("request", note)
-        visit.open(name)
-    return files
-
-
-def heaviest():
-    """The chapters with the most in their own file; the rest is shared."""
+def test_pages_are_light(browser, address):
+    """Those of the largest files too; all else is shared."""
     pages = [*HTML.glob("notebooks/*/*.html")]
     pages.sort(key=lambda x: x.stat().st_size)
-    return [x.relative_to(HTML).as_posix() for x in pages[-3:]]
-
-
-def test_pages_are_light(browser, address):
-    for name in heaviest():
-        files = loaded(browser, address, name)
-        print(f"{name}: {sum(files.values()):,} bytes, {len(files)} files")
-        assert sum(files.values()) < MOST_BYTES, (name, files)
-        assert len(files) <= MOST_REQUESTS, (name, files)
+    for path in pages[-3:]:
+        asked = set()  # before you scroll
+        with Visit(browser, address, 1280) as visit:
+            visit.page.on("request", lambda x, to=asked: to.add(x.url))
+            visit.open(path.relative_to(HTML).as_posix())
+        files = [urlsplit(x) for x in asked]
+        files = {Path(unquote(x.path)) for x in files if x.scheme == "file"}
+        sizes = {x: x.stat().st_size for x in files}
+        assert sum(sizes.values()) < MOST_BYTES, (path, sizes)
+        assert len(sizes) <= MOST_REQUESTS, (path, sizes)
 
 
 CUT = """() => [...document.querySelectorAll("article table")]

@@ -7,7 +7,6 @@ opens the folder. The page's pure functions are in `window.llmnbLive`.
 import functools
 import json
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +16,8 @@ from test_book import HTML, ROOT, TOO_WIDE, Visit, browser
 from llmnb.model.generate import generate, window_start
 from llmnb.reference.gpt2 import forward
 
-pytest.importorskip("sphinx", reason="the book's extensions need Sphinx")
-sys.path.insert(0, str(ROOT / "book" / "_ext"))
-import landing  # noqa: E402
-import live  # noqa: E402
-
+landing = pytest.importorskip("landing", reason="it needs Sphinx")
+live = pytest.importorskip("live", reason="it needs Sphinx")
 __all__ = ["browser"]  # a fixture
 FIRST = "book/intro.html"
 LOADED = ("live-model.js", "gpt2.js", "live.js", "live.css")

@@ -11,8 +11,9 @@ import re
 
 import numpy as np
 import pytest
-from test_book import HTML, ROOT, address, browser, narrow, scheme, visit
-from test_book import width
+from processes import wait_for
+from test_book import HTML, ROOT, Visit, address, browser, narrow, scheme
+from test_book import visit, width
 
 from llmnb.arena import footprint
 from llmnb.book.moving import MIME
@@ -172,15 +173,14 @@ def test_a_figure_moves_by_keys_and_buttons_fits_and_prints_its_still(
 
 
 def test_the_still_is_there_without_javascript(browser, address):
-    context = browser.new_context(java_script_enabled=False)
-    page = context.new_page()
-    response = page.goto(f"{address}/notebooks/2_cpu/05_attention.html")
-    if not response.ok:
-        pytest.skip("the chapter is not in the built book")
-    assert page.locator("figure.move").is_hidden()
-    still = page.locator(".cell_output:has(figure.move) > :first-child")
-    assert still.is_visible()
-    context.close()
+    with Visit(browser, address, 1280, java_script_enabled=False) as visit:
+        page = visit.page
+        response = page.goto(f"{address}/notebooks/2_cpu/05_attention.html")
+        if not response.ok:
+            pytest.skip("the chapter is not in the built book")
+        assert page.locator("figure.move").is_hidden()
+        still = page.locator(".cell_output:has(figure.move) > :first-child")
+        assert still.is_visible()
 
 
 def test_nothing_moves_by_itself_or_against_the_readers_wish(visit):
@@ -193,11 +193,7 @@ def test_nothing_moves_by_itself_or_against_the_readers_wish(visit):
     figure.page.wait_for_timeout(1200)
     assert figure.place.startswith("0 / ")
     figure.box.get_by_role("button", name="play").click()
-    for _ in range(100):  # however slow the machine is just now
-        if not figure.place.startswith("0 / "):
-            break
-        figure.page.wait_for_timeout(200)
-    assert not figure.place.startswith("0 / ")
+    wait_for(lambda: not figure.place.startswith("0 / "))
     figure.box.get_by_role("button", name="pause").click()
 
 

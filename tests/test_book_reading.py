@@ -6,10 +6,9 @@ The fixtures are those of test_book.py, and so is what is skipped.
 
 import json
 import re
-import sys
 
 import pytest
-from test_book import BOOK, CHAPTERS, EXPORTED, HTML, LAYERNORM, ROOT, address
+from test_book import CHAPTERS, EXPORTED, HTML, LAYERNORM, ROOT, Visit, address
 from test_book import browser, built, contrast, narrow, place, scheme, visit
 from test_book import width
 
@@ -20,17 +19,6 @@ PROSE = 35  # per cent of an article's height that is prose, at least
 
 
 # The rules, on cells
-
-
-@pytest.fixture(scope="module")
-def folds():
-    """book/_ext/folds.py."""
-    pytest.importorskip("sphinx")
-    sys.path.insert(0, str(BOOK / "_ext"))
-    import folds
-
-    yield folds
-    sys.path.remove(str(BOOK / "_ext"))
 
 
 OK = "dinp             max|diff| < 1e-08            ok"
@@ -55,17 +43,17 @@ LONG_LOOP = "\n".join(["for i in range(3):"] + ["    print(i)"] * 14)
         (LONG_LOOP, "0", False, "long"),
     ],
 )
-def test_what_a_cell_is(folds, source, text, exported, kind):
-    shown = bool(text)
+def test_what_a_cell_is(source, text, exported, kind):
+    folds, shown = pytest.importorskip("folds"), bool(text)
     assert folds.kind_of(source, text, shown, exported) == kind
 
 
-def test_an_outline_has_the_signatures_and_the_first_lines(folds):
+def test_an_outline_has_the_signatures_and_the_first_lines():
     source = '@jit\ndef f(a,\n      b):\n    """One.\n\n    Two.\n    """\n'
     source += "    return a\n\n\nclass C:\n    def g(self):\n        pass\n"
     outline = '@jit\ndef f(a,\n      b):\n    """One."""'
     outline += "\n\nclass C:\n\n    def g(self):"
-    assert folds.outline(source) == outline
+    assert pytest.importorskip("folds").outline(source) == outline
 
 
 # The pages, as files
@@ -217,15 +205,13 @@ def test_a_long_function_shows_its_outline_until_it_is_opened(visit):
 
 
 def test_without_scripts_folds_open_and_nothing_is_lost(browser, address):
-    context = browser.new_context(java_script_enabled=False)
-    page = context.new_page()
-    page.goto(f"{address}/{LAYERNORM}")
-    fold = page.locator("details.fold").first
-    assert not fold.locator("pre").is_visible()
-    fold.locator("summary").click()
-    assert fold.locator("pre").is_visible()
-    assert page.locator(".view-switch").count() == 0
-    context.close()
+    with Visit(browser, address, 1280, java_script_enabled=False) as visit:
+        page = look(visit)
+        fold = page.locator("details.fold").first
+        assert not fold.locator("pre").is_visible()
+        fold.locator("summary").click()
+        assert fold.locator("pre").is_visible()
+        assert page.locator(".view-switch").count() == 0
 
 
 def test_an_address_inside_a_fold_opens_it(visit):
