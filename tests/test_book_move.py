@@ -95,7 +95,7 @@ class Figure:
     def __init__(self, visit, name, index=0):
         if not (HTML / f"{name}.html").exists():
             pytest.skip(f"{name} is not in the built book")
-        self.page = visit.page
+        self.page, self.numbers = visit.page, numbers(name, index)
         self.page.goto(f"{visit.home}/{name}.html", wait_until="commit")
         self.box = self.page.locator("figure.move").nth(index)
         self.box.locator(".move-place").wait_for()
@@ -228,9 +228,8 @@ RACES = """x => {
 
 
 def test_threads_end_and_race_as_the_simulator_says(visit):
-    name = "notebooks/3_gpu/01_threads"
-    figure = Figure(visit, name, 1)
-    for walk in numbers(name, 1)["walks"]:
+    figure = Figure(visit, "notebooks/3_gpu/01_threads", 1)
+    for walk in figure.numbers["walks"]:
         figure.choose(walk["name"])
         for order in ("side by side", "one after the other"):
             figure.choose(order)
@@ -246,10 +245,9 @@ def test_threads_end_and_race_as_the_simulator_says(visit):
 
 
 def test_the_small_tile_is_the_product(visit):
-    name = "notebooks/3_gpu/06_matmul"
-    figure = Figure(visit, name)
+    figure = Figure(visit, "notebooks/3_gpu/06_matmul")
     figure.press("End")
-    arrays = numbers(name)["walks"][0]["arrays"]
+    arrays = figure.numbers["walks"][0]["arrays"]
     a, b = (np.reshape(arrays[x][-1], arrays[x][:-1]) for x in "ab")
     shown = figure.texts(".move-array:last-child .move-cell b")
     assert list(map(float, shown)) == (a @ b.T).ravel().tolist()
@@ -272,9 +270,8 @@ def products_of(q, k):
 )
 @pytest.mark.parametrize("order", ["side by side", "one after the other"])
 def test_owners_in_small_write_the_products(visit, name, index, order):
-    name = f"notebooks/3_gpu/{name}"
-    figure = Figure(visit, name, index)
-    walks = numbers(name, index)["walks"]
+    figure = Figure(visit, f"notebooks/3_gpu/{name}", index)
+    walks = figure.numbers["walks"]
     for walk in walks:
         if len(walks) > 1:
             figure.choose(walk["name"])
@@ -302,13 +299,12 @@ AWKWARD = [
 
 
 def test_merges_are_those_of_tiktoken(visit):
-    name = "notebooks/1_by_hand/02_tokens"
-    data = numbers(name)
+    figure = Figure(visit, "notebooks/1_by_hand/02_tokens")
+    data = figure.numbers
     pairs = np.array(data["pairs"].split(), int).reshape(-1, 2).tolist()
     tokens = [bytes([i]) for i in range(256)]
     for a, b in pairs:
         tokens.append(tokens[a] + tokens[b])
-    figure = Figure(visit, name)
     for i, size in enumerate(data["sizes"]):
         figure.slide("vocabulary", i)
         encoding = bpe.from_tokens("cut", tokens[: size - 1])
@@ -325,8 +321,7 @@ SIZES = [(4, 256, 12, 768, 50257), (1, 16, 1, 64, 1000),
 
 
 def test_the_arena_has_pythons_size(visit):
-    name = "notebooks/1_by_hand/16_memory"
-    figure = Figure(visit, name)
+    figure = Figure(visit, "notebooks/1_by_hand/16_memory")
     for B, T, L, C, V in SIZES:
         for letter, value in zip("BTLC", (B, T, L, C), strict=True):
             slider = figure.box.get_by_label(letter, exact=True)
@@ -359,10 +354,10 @@ def test_online_softmax_keeps_pythons_maximum_and_sum(visit):
             assert total == pytest.approx(np.exp(row[:end] - m).sum())
 
 
-def descend(name, rules, data, lr):
+def descend(name, data, lr):
     """The last point of a path, in NumPy, by the equations of 1.12."""
     w, m, v = np.array(data["start"], float), 0.0, 0.0
-    how = rules[name]
+    how = data["rules"][name]
     for step in range(1, data["steps"] + 1):
         g = np.array(data["curvature"]) * (w - data["lowest"])
         if name == "gradient descent":
@@ -380,9 +375,8 @@ def descend(name, rules, data, lr):
 
 
 def test_optimisers_walk_as_in_python(visit):
-    name = "notebooks/1_by_hand/12_adamw"
-    data = numbers(name)
-    figure = Figure(visit, name)
+    figure = Figure(visit, "notebooks/1_by_hand/12_adamw")
+    data = figure.numbers
     slider = figure.box.get_by_label("learning rate")
     for rule in data["rules"]:
         figure.choose(rule)
@@ -392,16 +386,15 @@ def test_optimisers_walk_as_in_python(visit):
             lr = float(slider.get_attribute("aria-valuetext"))
             figure.press("End")
             got = json.loads(figure.data("point"))
-            want = descend(rule, data["rules"], data, lr)
+            want = descend(rule, data, lr)
             assert got == pytest.approx(want.tolist(), rel=1e-9), rule
             flown = np.hypot(*(want - data["lowest"])) >= 1e3
             assert ("flown apart" in figure.words) == flown
 
 
 def test_a_panel_of_b_comes_once_and_one_of_a_each_time(visit):
-    name = "notebooks/2_cpu/04_matmul"
-    rows, columns = (numbers(name)[x] for x in ("rows", "columns"))
-    figure = Figure(visit, name)
+    figure = Figure(visit, "notebooks/2_cpu/04_matmul")
+    rows, columns = (figure.numbers[x] for x in ("rows", "columns"))
     for step in range(1, rows * columns + 1):
         figure.press("ArrowRight")
         assert int(figure.data("second")) == step
@@ -414,9 +407,8 @@ def test_a_panel_of_b_comes_once_and_one_of_a_each_time(visit):
 
 
 def test_the_roof_is_the_lower_of_two_limits(visit):
-    name = "notebooks/2_cpu/04_matmul"
-    data = numbers(name, 1)
-    figure = Figure(visit, name, 1)
+    figure = Figure(visit, "notebooks/2_cpu/04_matmul", 1)
+    data = figure.numbers
     for copy, peak in ((data["copy"], data["peak"]), (819, 19500)):
         figure.box.get_by_label("memory, GB/s").fill(str(copy))
         figure.box.get_by_label("arithmetic, GFLOP/s").fill(str(peak))
