@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from gpu import check_five_steps, check_gradients
+from gpu import error
 from standin import check_steps
 
 from llmnb import GPT2, GPT2Config
@@ -34,12 +34,21 @@ def pair(cfg, T):
 
 @pytest.mark.parametrize(("cfg", "norms"), [(GPT, 5), (LLAMA, 1)])
 def test_five_steps_go_along_those_of_float32(cfg, norms):
-    """Of a Llama the norm of the first gradient only.
+    """Losses within 4e-3, norms within 1 %; of a Llama the first one only.
 
     With five tokens float32 itself parts by more, where its weights differ by
     a rounding to bfloat16.
     """
-    check_five_steps(*pair(cfg, 16), norms)
+    batch, found = np.random.default_rng(3).integers(0, 61, (2, 1, 16)), []
+    for made in pair(cfg, 16):
+        how = {"learning_rate": 1e-2, "max_norm": 1.0}
+        steps = [made.step(*batch, step=s, **how) for s in range(1, 6)]
+        found.append(np.array(steps))
+    half, whole = found
+    np.testing.assert_allclose(half[:, 0], whole[:, 0], rtol=0, atol=4e-3)
+    np.testing.assert_allclose(half[:norms, 1], whole[:norms, 1], rtol=1e-2)
+    assert whole[-1, 0] < whole[0, 0] - 1
+    assert (half[:, 0] != whole[:, 0]).any()
 
 
 def test_parameters_are_float32_and_their_copies_rounded(tmp_path):
@@ -64,7 +73,14 @@ def test_parameters_are_float32_and_their_copies_rounded(tmp_path):
 
 @pytest.mark.parametrize("cfg", (GPT, LLAMA, GemmaConfig(*SIZES, **SMALL)))
 def test_gradients_are_those_of_float32_but_for_rounding(cfg):
-    check_gradients(*pair(cfg, 5), BATCH)
+    half, whole = pair(cfg, 5)
+    for made in (half, whole):
+        made.forward(*BATCH)
+        made.backward()
+    for name, want in whole.grads.items():
+        got = np.asarray(half.grads[name])
+        assert got.dtype == np.float32
+        assert error(got, want) < 2e-2, name
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from gpu import SIMULATED, stay_in_arena
+from gpu import SIMULATED
 
 import llmnb
 from llmnb.arena import put
 from llmnb.formats.families import described_config
+from llmnb.gpu import launch
 from llmnb.gpu.simulator import watch
 from llmnb.model.architectures import Gemma3Config
 
@@ -30,6 +31,19 @@ WIDTHS = {
     "gpt2 vectors": llmnb.GPT2Config(T, 61, 2, 3, 12),
 }  # fmt: skip
 ADAMW = {"learning_rate": 1e-2, "weight_decay": 0.1, "decay": ["qkvw", "fcw"]}
+
+
+def stay_in_arena(model, monkeypatch):
+    """Let no array of a simulated GPU be made outside a model's memory."""
+    block = model.memory._block._array
+    made = launch.DeviceArray.__init__
+
+    def watched(self, array):
+        inside = not array.size or np.shares_memory(array, block)
+        assert inside, "an array of its own"
+        made(self, array)
+
+    monkeypatch.setattr(launch.DeviceArray, "__init__", watched)
 
 
 def config(name):

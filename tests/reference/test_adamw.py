@@ -71,7 +71,7 @@ def test_short_gradients_stay_and_large_ones_do_not_overflow(
     before, norm = grads.copy(), backend.clip_gradients(grads, 1.0)
     assert norm == pytest.approx(value * math.sqrt(n), rel=1e-6)
     assert backend.global_norm(grads) == pytest.approx(min(norm, 1), rel=1e-6)
-    assert np.array_equal(grads, before) is (norm < 1)
+    assert np.array_equal(grads, before) == (norm < 1)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
