@@ -184,11 +184,6 @@ def letters(equation):
     }
 
 
-def equations(path):
-    text = re.sub(r"^# ?", "", path.read_text("utf-8"), flags=re.M)
-    return re.findall(r"\$\$(.+?)\$\$", text, re.S)
-
-
 def table(text, heading):
     """The rows of the table under a heading of the notation page, as cells."""
     body = re.search(rf"## {heading}\n(.*?)(?=\n## |\Z)", text, re.S)[1]
@@ -227,7 +222,9 @@ TEXT, ROWS, OWN = notation()
 @pytest.mark.parametrize("path", CHAPTERS, ids=NAMES)
 def test_a_letter_of_an_equation_means_what_the_notation_page_says(path):
     name = chapter_label(path)
-    used = {x for e in equations(path) for x in letters(e)}
+    text = re.sub(r"^# ?", "", path.read_text("utf-8"), flags=re.M)
+    equations = re.findall(r"\$\$(.+?)\$\$", text, re.S)
+    used = {x for equation in equations for x in letters(equation)}
     for x, role in sorted(used):
         meanings = [r for r in ROWS if r[:2] == (x, role) and name in r[2]]
         mine = (name, x) in OWN

@@ -31,14 +31,6 @@ def built(tmp_path_factory):
     return path
 
 
-def edit(path, change):
-    """Apply a change to the cells of a built notebook."""
-    built = path.with_suffix(".ipynb")
-    book = json.loads(built.read_text())
-    change(book["cells"])
-    built.write_text(json.dumps(book))
-
-
 def test_a_notebook_is_built_and_run(built):
     cells = json.loads(built.with_suffix(".ipynb").read_text())["cells"]
     assert [c["id"] for c in cells] == ["01_a-0", "01_a-1"]
@@ -64,10 +56,13 @@ def test_building_again_changes_nothing(built):
     ],
 )
 def test_a_defect_is_found(built, change, says):
-    kept = built.with_suffix(".ipynb").read_bytes()
-    edit(built, change)
+    path = built.with_suffix(".ipynb")
+    kept = path.read_bytes()
+    book = json.loads(kept)
+    change(book["cells"])
+    path.write_text(json.dumps(book))
     found = notebook.defects(built)
-    built.with_suffix(".ipynb").write_bytes(kept)
+    path.write_bytes(kept)
     assert len(found) == 1
     assert says in found[0]
 

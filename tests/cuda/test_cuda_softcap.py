@@ -58,16 +58,12 @@ def slopes(B, T, V, more, cap=3.0):
     }  # fmt: skip
 
 
-def check_slopes(*shape):
-    name = "capped_crossentropy_backward"
-    layers = getattr(cuda, name), getattr(reference, name)
-    return check_layer(*layers, slopes(*shape), ["dlogits"])
-
-
 @drawn
 @given(st.tuples(*(st.integers(1, n) for n in (2, 3, 60))), st.integers(0, 7))
 def test_slopes_equal_the_reference(shape, more):
-    check_slopes(*shape, more)
+    name = "capped_crossentropy_backward"
+    layers = getattr(cuda, name), getattr(reference, name)
+    check_layer(*layers, slopes(*shape, more), ["dlogits"])
 
 
 @pytest.mark.parametrize("place", PLACES)
