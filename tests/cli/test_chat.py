@@ -230,7 +230,7 @@ def test_a_run_that_is_not_over_talks_with_its_newest_weights(
     done("train", "--init", talker, "--corpus", page, "--out", "run", *how)
     Path("run", "model.bin").unlink()
     kept = Path("run", "chat_template.jinja")
-    assert kept.read_text() == TEMPLATE
+    assert kept.read_text() == CHATML
 
     def answer(folder):
         monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n"))
