@@ -14,10 +14,10 @@ import os
 import re
 import shutil
 from base64 import b64encode
-from importlib.util import find_spec
+from importlib.resources import files
 from pathlib import Path
 
-MATHJAX = Path(find_spec("sphinx-mathjax-offline").origin).parent
+MATHJAX = Path(str(files("sphinx-mathjax-offline")))
 MATHJAX /= "static/mathjax"
 # startup comes first and starts MathJax when the rest has run
 MATHJAX_PARTS = {

@@ -323,8 +323,8 @@ class TrainConfig(
 
     def rate(self, step):
         """The learning rate of a step, counted from 0."""
-        warmup = round(self.warmup_fraction * self.steps)
-        plan = self.learning_rate, warmup, self.steps
+        share = min(self.warmup_fraction, 2)  # above 1 is refused there
+        plan = self.learning_rate, round(share * self.steps), self.steps
         return learning_rate(step, *plan, self.schedule, self.final_fraction)
 
 

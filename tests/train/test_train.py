@@ -52,6 +52,7 @@ def tiny_run(config=PLAIN):
     ({"learning_rate": -1.0}, "peak must be at least 0, got -1.0"),
     ({"learning_rate": math.nan}, "peak must be at least 0, got nan"),
     ({"warmup_fraction": 1.5}, "warmup must be in"),
+        ({"warmup_fraction": 1e307}, "warmup must be in"),
     ({"final_fraction": 2.0}, "final must be in"),
     ({"schedule": "stairs"}, "no kind 'stairs'"),
     ({"beta1": 1.0}, "beta1 must be at least 0 and below 1, got 1.0"),
