@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 import regex
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from spelling import STORY, TEXT, tokens_of
 
@@ -62,6 +62,7 @@ def story():
 
 @QUICK
 @given(st.text("aaab .\n", max_size=120), st.integers(0, 50))
+@example(STORY, 73)
 def test_training_equals_its_definition(text, number):
     merges = slow_merges(text, number)
     tokens = [bytes([i]) for i in range(256)]
