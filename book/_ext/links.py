@@ -129,17 +129,16 @@ def own_caption(text):
 
 
 def join_lines(doctree):
-    """Make one text of a paragraph's lines, which the parser keeps apart."""
-    texts = doctree.findall(nodes.Text)
-    for parent in {id(x.parent): x.parent for x in texts}.values():
+    """Make one text of neighbouring lines, which the parser keeps apart."""
+    for element in doctree.findall(nodes.TextElement):
         joined = []
-        for child in parent.children:
+        for child in element.children:
             pair = [*joined[-1:], child]
             if len(pair) == 2 and all(isinstance(x, nodes.Text) for x in pair):
                 joined[-1] = nodes.Text(pair[0] + child)
             else:
                 joined.append(child)
-        parent[:] = joined
+        element[:] = joined
 
 
 def link_text(doctree, docname, targets):
