@@ -28,15 +28,15 @@ gpt2_diagram(lit="tokens")
 
 # %% [markdown]
 # *Figure 4.11.1. The first box again: text becomes tokens. This time the text
-# is larger than the memory and the work takes hours.*
+# is larger than the memory and the work takes long.*
 #
 # The pieces of [chapter 4.10](10_pieces.ipynb) fit into memory. What remains
-# is time: one core takes half a day for a hundred gigabytes, and a power cut in
-# its last hour loses all the others. At the end of this chapter you can
+# is time: one core takes an hour or two for a hundred gigabytes, and a power cut
+# near the end loses it all. At the end of this chapter you can
 #
 # - say why the shards do not depend on the number of cores;
 # - bound the memory of the work before it starts;
-# - say which five numbers make a job of hours safe from `kill -9`.
+# - say which five numbers make a long job safe from `kill -9`.
 
 # %% imports of the shard writer tags=["export"]
 import json
@@ -689,7 +689,7 @@ verdict("without drop", files_of("wrong") != files_of("one"), "is caught")
 #
 # With the default $s = 10^8$ that is 200 MB and little more, for any corpus.
 # The time is that of the encoder: $10^{10}$ tokens, some 45 GB of English, at
-# the 2.5 megabytes a second of one thread here take five hours of one core's time,
+# the 19 megabytes a second of one thread here take forty minutes of one core's time,
 # and the shards are 20 GB on the disk.
 
 # %% memory does not grow tags=["nbval-ignore-output"]
