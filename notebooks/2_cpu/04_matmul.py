@@ -347,7 +347,8 @@ moving("tiles", "a block of the product, tile by tile", rows=4, columns=6)
 # **Threads.** `out` is cut into strips of whole tiles, one for each thread, along
 # the side that leaves the largest strip the least, and along the longer one where
 # both leave the same. (With AVX-512's tile of 8 x 48, two threads would get 96 and 32
-# of 128 columns, but 64 each of 128 rows.) A thread packs in its own row of `work`. The strips depend on
+# of 128 columns, but 64 each of 128 rows.)
+# A thread packs in its own row of `work`. The strips depend on
 # the number of threads, but no sum does: every number of `out` is summed in
 # chains of 384 steps, one after the other, wherever the cuts are. So no bit of
 # the result depends on it either.

@@ -245,6 +245,7 @@ verdict("sixty steps", final < steps[0].val_loss - 0.5, "have been worth it")
 #
 # | file | what it holds |
 # |---|---|
+# | `chat_template.jinja` | how one talks with the model, where that from which the run starts has it ([chapter 5.9](../5_modern/09_chat.ipynb)) |
 # | `config.json` | the `TrainConfig`, the corpus, the landmarks, versions |
 # | `log.csv` | one line for every `Step` |
 # | `loss.png` | figure 4.14.1 |
