@@ -15,7 +15,7 @@
 # # Folders: keep a run
 #
 # > What it takes to use a model again, and to say where it came from: a folder of
-# > six files, each written whole.
+# > files, each written whole.
 #
 # *Reading time: 26 minutes. You need: [chapter 4.13](13_loop.ipynb) and the files of
 # [chapter 4.1](01_files.ipynb).*
