@@ -18,6 +18,7 @@ from llmnb.cpu.gelu import *
 from llmnb.cpu.headnorm import *
 from llmnb.cpu.jit import *
 from llmnb.cpu.layernorm import *
+from llmnb.cpu.learning import *
 from llmnb.cpu.local import *
 from llmnb.cpu.math import *
 from llmnb.cpu.matmul import *

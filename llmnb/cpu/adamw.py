@@ -13,23 +13,31 @@ import math
 
 import numpy as np
 
-from llmnb.cpu.jit import arguments, share, team
+from llmnb.cpu.jit import arguments, inlined, share, team
 from llmnb.shapes import shapes
 
 
 # the kernel
-@team
-def _adamw_update(part, parts, address):
-    params, grads, m, v, factors = arguments(address)
+@inlined
+def learn(params, grads, m, v, factors):
+    """AdamW on some parameters; returns the sum of their grads' squares."""
     keep, new1, beta2, new2, root, eps, size = factors
-    mine = share(params.size, part, parts)
-    params, grads, m, v = params[mine], grads[mine], m[mine], v[mine]
+    total = grads.dtype.type(0)
     for i in range(params.size):
         g = grads[i]
+        total += g * g
         m[i] += new1 * (g - m[i])
         v[i] = beta2 * v[i] + new2 * g * g
         spread = math.sqrt(v[i]) / root + eps
         params[i] = keep * params[i] - size * m[i] / spread
+    return total
+
+
+@team
+def _adamw_update(part, parts, address):
+    params, grads, m, v, factors = arguments(address)
+    mine = share(params.size, part, parts)
+    learn(params[mine], grads[mine], m[mine], v[mine], factors)
 
 
 # one step of AdamW

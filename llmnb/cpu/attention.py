@@ -124,8 +124,7 @@ def _add_product(my, out, at, step, fresh, pair, sizes):
     if fresh:
         place, start = Place(at, step, ZEROS, 0, 0, ZEROS, 0), my.w
     x = Flat(out, start, my.w, my.panels, my.w[SPARE:])
-    sizes = *sizes, ALL  # one chain
-    nothing = Ahead(np.int64(my.w.ctypes.data), 0, 0)
+    nothing, sizes = Ahead(np.int64(my.w.ctypes.data), 0, 0), (*sizes, ALL)
     multiply_panels(my.code.multiply, x, place, pair, sizes, nothing)
 
 

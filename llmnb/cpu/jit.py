@@ -158,8 +158,7 @@ def _every_part(code, parts, address):
 
 @functools.cache
 def _loop():
-    n = types.int64
-    return routine(_every_part, types.void(n, n, n), parallel=True)
+    return routine(_every_part, "void(i8, i8, i8)", parallel=True)
 
 
 @inner

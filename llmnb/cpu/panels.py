@@ -3,8 +3,8 @@
 """Matrices packed in panels, and their products tile by tile."""
 
 __all__ = [
-    "DEPTH", "HEIGHT", "LENGTH", "SECOND", "SPARE", "WIDTH", "WORK",
-    "check_bf16", "scratch", "work_shape",
+    "DEPTH", "HEIGHT", "LENGTH", "ROOM", "SECOND", "SPARE", "TALL", "WIDTH",
+    "WORK", "check_bf16", "scratch", "work_shape",
 ]
 
 
@@ -20,7 +20,7 @@ from numba.extending import intrinsic
 
 from llmnb.cpu.jit import inlined, routine
 from llmnb.cpu.microkernel import (
-    LINE, Place, moved, multiply_tile, pack_across, pack_along, pack_one,
+    INT, LINE, Place, moved, multiply_tile, pack_across, pack_along, pack_one,
     steps_per_line,
 )
 from llmnb.cpu.tile import COLS, LANES, ROWS, VECTORS, data
@@ -130,10 +130,10 @@ def _tiles_of(vectors):
     @inlined
     def tile(x, at, a, b, lines, chain, ask):
         out, start, bias, panels, spare = x
-        place, apart, step = ask
+        place, apart, step = ask[:3]
         for k in range(0, lines, chain):
             n, p, q = min(chain, lines - k), a + k * ROWS, b + k * COLS
-            ahead = place, step
+            ahead = (place, step) + ask[3:]
             multiply_tile(
                 out, at, start, bias, panels, p, q, n, vectors, ahead
             )
@@ -152,7 +152,7 @@ def _tile(x, at, a, b, lines, chain, ask, cols):
     """A tile; lines: of its panels; chain: lines of one sum.
 
     Of its vectors of columns only those that `cols` reaches are computed.
-    ask: see _asked.
+    ask: as _asked gives it; what follows is as in multiply_tile.
     """
     if cols > COLS - LANES:
         _whole(x, at, a, b, lines, chain, ask)
@@ -214,8 +214,12 @@ def _asked(ahead, left, lines, chain, per, size):
 
 # all tiles of a block
 @inlined
-def _all_tiles(x, at, a, b, sizes, ahead):
-    """x: a Flat; at: a Place; a, b: where the panels begin."""
+def all_tiles(x, at, a, b, sizes, ahead, asked):
+    """Compute a block, tile by tile.
+
+    x: a Flat; at: a Place; a, b: where the panels begin. asked: a function
+    for what each tile asks for.
+    """
     rows, cols, steps, chain = sizes
     per = steps_per_line(x.panels)
     lines, chain = (steps + per - 1) // per, chain // per
@@ -224,7 +228,7 @@ def _all_tiles(x, at, a, b, sizes, ahead):
             here, p, q = moved(at, i, j), a + i * lines, b + j * lines
             m, n = min(ROWS, rows - i), min(COLS, cols - j)
             left = (rows - i - 1) // ROWS
-            ask = _asked(ahead, left, lines, chain, per, x.out.itemsize)
+            ask = asked(ahead, left, lines, chain, per, x.out.itemsize)
             if m == ROWS and n % LANES == 0:
                 _tile(x, here, p, q, lines, chain, ask, n)
             else:
@@ -246,7 +250,7 @@ def _cols_routine(panels, to, source, block):
 def _tiles_routine(out, start, bias, panels, spare, at, pair, sizes, ahead):
     out, start, bias = carray(out, ALL), carray(start, ALL), carray(bias, ALL)
     x = Flat(out, start, bias, carray(panels, ALL), carray(spare, ALL))
-    _all_tiles(x, at, pair[0], pair[1], sizes, ahead)
+    all_tiles(x, at, pair[0], pair[1], sizes, ahead, _asked)
 
 
 # their addresses
@@ -258,7 +262,6 @@ class Routines(NamedTuple):
     multiply: int
 
 
-INT = types.int64
 BLOCK = types.NamedUniTuple(INT, 5, Block)
 PLACE = types.NamedUniTuple(INT, 7, Place)
 PAIR, SIZES = types.UniTuple(INT, 2), types.UniTuple(INT, 4)
@@ -308,7 +311,7 @@ def _multiply(
     typing, code, out, start, bias, panels, spare, at, pair, sizes, ahead
 ):
     kinds = out, start, bias, panels, spare
-    return types.void(INT, *kinds, PLACE, PAIR, SIZES, NEXT), _jump
+    return types.void(INT, *kinds, PLACE, PAIR, SIZES, ahead), _jump
 
 
 @inlined
@@ -331,16 +334,19 @@ HEIGHT = 264 // ROWS * ROWS  # rows in a block
 WIDTH = 768 // COLS * COLS  # columns in a block, where rows make several
 SECOND = HEIGHT * LENGTH  # where the panels of columns begin
 SPARE = SECOND + WIDTH * LENGTH  # where the spare tile begins
+ROOM = SPARE + (ROWS + 2) * COLS  # where there is room for part of a gradient
+TALL = 4 * HEIGHT  # its rows
 
 
 def work_shape():
     """The shape of the scratch memory that the products pack into.
 
-    A row for each thread that numba may use, of 3.2 MB in float32.
+    A row for each thread that numba may use, of 6.4 MB in float32. The
+    second half is written by `matmul_learn` alone, and otherwise takes none.
 
     Derived in chapter A.3.
     """
-    return numba.config.NUMBA_NUM_THREADS, SPARE + (ROWS + 2) * COLS
+    return numba.config.NUMBA_NUM_THREADS, ROOM + TALL * WIDTH
 
 
 WORK = "{} {}!?".format(*work_shape())  # as `shapes` reads it
@@ -367,8 +373,7 @@ def multiply_rows(code, x, at, rows, b, columns, apart, fresh):
             block = Block(p, columns.row, columns.col, m, columns.depth)
             pack(code.pack_cols, x.panels, to, b, block)
         if fresh and m < columns.rows - c:
-            p += COLS * columns.row
-            ahead = _ahead(b, p, columns.row, columns.col)
+            ahead = _ahead(b, p + COLS * columns.row, columns.row, columns.col)
         here, sizes = moved(at, 0, c), (rows, m, columns.depth, DEPTH)
         multiply_panels(code.multiply, x, here, (0, to), sizes, ahead)
 

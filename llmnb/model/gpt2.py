@@ -135,6 +135,9 @@ class _Passes:
         self._head_backward(add)
         for i in reversed(range(self.cfg.num_layers)):
             self._block_backward(i, add)
+        self._encoder_backward()
+
+    def _encoder_backward(self):
         d, tokens = self._dacts["dstream"], self._batch["tokens"]
         self._ends.encoder.backward(self.ops, d, tokens, self.grads)
 

@@ -1,12 +1,13 @@
 # Written by `make export` from notebooks/5_modern/11_inbackward.py: edit that file.
 
-"""A model whose blocks learn while it goes back."""
+"""A model that learns while it goes back."""
 
 __all__ = ["InBackward", "in_backward_layout"]
 
 
 # imports
 import math
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,15 +16,63 @@ from llmnb.model.lora import HOSTS
 from llmnb.model.tensors import full_shape, tensor_table
 
 
-# every block the same
-def _for_every_block(array, L):
-    """An array (L, ...) of which every [i] is the array given."""
-    shape, strides = (L, *array.shape), (0, *array.strides)
-    return np.lib.stride_tricks.as_strided(array, shape, strides)
+# what stands for a gradient
+class Learner(NamedTuple):
+    """What `matmul_learn` takes besides a weight and the two factors."""
+
+    m: Any
+    v: Any
+    squares: Any
+    factors: Any
+    aside: Any = None
+    few: Any = None
 
 
-# some tokens at a time
+class _Learning:
+    """A backend's layers, where a weight whose gradient is a Learner learns."""
+
+    def __init__(self, ops):
+        self._ops = ops
+
+    def __getattr__(self, name):
+        return getattr(self._ops, name)
+
+    def matmul_backward(
+        self, dinp, dweight, dbias, dout, inp, weight,
+        add_dinp=True, add_dweight=True, **how,
+    ):  # fmt: skip
+        """As the backend's; then the weight learns, if it is to."""
+        learns = isinstance(dweight, Learner)
+        arrays = dinp, None if learns else dweight, dbias, dout, inp, weight
+        self._ops.matmul_backward(*arrays, add_dinp, add_dweight, **how)
+        if learns:
+            m, v, squares, *rest = dweight
+            arrays = weight, m, v, squares, dout, inp, *rest
+            self._ops.matmul_learn(*arrays, **how)
+
+
+# who learns, and how
 ROWS = 768  # of the logits: two whole chains of the sums over tokens
+
+
+def _at_once(cfg, tokens):
+    """Whether all logits take less than ROWS and the table's gradient."""
+    return tokens <= ROWS + cfg.channels
+
+
+def _head(cfg):
+    """The name of the table that makes the logits."""
+    names = [x.name for x in tensor_table(cfg)]
+    return "head" if "head" in names else "wte"
+
+
+def _learners(cfg, tokens):
+    """The tensors that learn as soon as their gradients are made."""
+    head = _head(cfg) if _at_once(cfg, tokens) else None
+    return [
+        x for x in tensor_table(cfg)
+        if (x.stacked and len(x.shape) == 2) or x.name == head
+    ]  # fmt: skip
 
 
 def _in_one_row(array):
@@ -33,31 +82,40 @@ def _in_one_row(array):
 
 # the layout of its memory
 def in_backward_layout(cfg, layout):
-    """The layout of a model's memory, with gradients for one block.
+    """The layout of a model's memory, with gradients for what is no matrix.
 
-    cfg: of the model. layout: as gpt2_layout gives it. The gradients of what
-    is in no block stay where they are; one block's are among what blocks
-    take turns with.
+    cfg: of the model. layout: as gpt2_layout gives it.
 
     Derived in chapter 5.11.
     """
-    rows, (dtype, turns, over) = tensor_table(cfg), layout["block"]
-    ends = {x.name: full_shape(x, cfg) for x in rows if not x.stacked}
-    turns = turns | {x.name: x.shape for x in rows if x.stacked}
-    return layout | {"grads": (dtype, ends), "block": (dtype, turns, over)}
+    dtype, shapes = layout["grads"]
+    batch = layout["batch"][1]["tokens"]
+    tokens = math.prod(batch)
+    own = {x.name: full_shape(x, cfg)[:-1] for x in _learners(cfg, tokens)}
+    layout = layout | {
+        "grads": (dtype, {n: x for n, x in shapes.items() if n not in own}),
+        "squares": (dtype, own),
+        "factors": (dtype, dict.fromkeys(own, (7,))),
+    }
+    if "wte" in own:  # some of its rows learn later
+        table = shapes["wte"]
+        few = min(tokens, table[0]), table[1]
+        layout["few"] = dtype, {"few": few}
+        layout["places"] = np.int32, {"places": batch, "aside": table[:1]}
+    return layout
 
 
 # learn while going back
 class InBackward(GPT2):
-    """A model, of any architecture, that holds one block's gradients.
+    """A model, of any architecture, that stores no matrix's gradient.
 
-    It learns as GPT2 does, to the bit (with NumPy's layers: up to 768 tokens
-    in a batch), by `step` alone and without clipping: a block learns as soon
-    as its gradients are there, and the next overwrites them. cfg, batch_size,
-    seq_len, backend, precision, seed: as for GPT2, on the host. grads[name][i]
-    of what every block has is the same memory for every i, and that of the
-    logits: after a step it holds what the last block left. backward, update
-    and clip_gradients raise RuntimeError, for they need all gradients at once.
+    It learns as GPT2 does, to the bit (with NumPy's layers: as long as a
+    batch has no more than 768 tokens and channels), by `step` alone and
+    without clipping: a matrix learns as soon as its gradient is made. cfg,
+    batch_size, seq_len, backend, precision, seed: as for GPT2, on the host.
+    grads has the gradients of what is no matrix, and after a step a table's
+    if it did not learn at once. backward, update and clip_gradients raise
+    RuntimeError, for they need all gradients.
 
     Derived in chapter 5.11.
     """
@@ -65,42 +123,65 @@ class InBackward(GPT2):
     backends = HOSTS
 
     def _allocate(self, layout):
-        rows = tensor_table(self.cfg)
-        self._in_blocks = [x for x in rows if x.stacked]
-        self._at_ends = [x for x in rows if not x.stacked]
-        super()._allocate(in_backward_layout(self.cfg, layout))
-        grads, block = self.memory["grads"], self.memory["block"]
-        for x in self._in_blocks:
-            own = block.pop(x.name)
-            grads[x.name] = _for_every_block(own, self.cfg.num_layers)
+        self._machine.ops = _Learning(self._machine.ops)
+        layout = in_backward_layout(self.cfg, layout)
+        super()._allocate(layout)
+        self._later = list(self.memory["grads"])
+        self._few = self.memory["few"]["few"] if "few" in layout else None
+        for x in _learners(self.cfg, self.batch_size * self.seq_len):
+            self.memory["grads"][x.name] = self._learner(x)
+
+    def _learner(self, x):
+        """A tensor's Learner, or the list of those of its blocks."""
+        name, memory = x.name, self.memory
+        groups = [memory[group][name] for group in ("m", "v", "squares")]
+        factors, last = memory["factors"][name], ()
+        if x.stacked:
+            return [
+                Learner(*own, factors) for own in zip(*groups, strict=True)
+            ]
+        if name == "wte":
+            last = memory["places"]["aside"], self._few
+        return Learner(*groups, factors, *last)
 
     def _whole_step(self, max_norm, decay):
-        self._decay, self._squares = decay, 0.0
+        for name, factors in self.memory["factors"].items():
+            decays = decay is None or name in decay
+            factors[:] = self._settings[not decays].factors("InBackward.step")
+        if self._few is not None:
+            self._set_aside()
         self._again(self._stream)
         self._weigh_losses()
-        self._backward()
-        for x in self._at_ends:
-            self._learn(x, ...)
+        self._again(self._backward)
+        self._squares = self.memory.flat("squares").sum(dtype=np.float64)
+        groups = [self.memory[g] for g in ("params", "grads", "m", "v")]
+        for name in self._later:
+            flat = (tensors[name].reshape(-1) for tensors in groups)
+            self._learn(name, decay, *flat)
+        if self._few is not None:
+            self._learn_few(decay)
 
-    def _clear(self, rows):
-        """At the beginning of a pass only the ends: the logits are there."""
-        super()._clear(self._at_ends)
-
-    def _head_backward(self, add):
-        self._again(super()._head_backward, add)
+    def _set_aside(self):
+        """Number the tokens of the batch, whose rows learn last."""
+        tokens, memory = self._batch["tokens"], self.memory["places"]
+        self._present, found = np.unique(tokens, return_inverse=True)
+        memory["places"][...] = found.reshape(tokens.shape)
+        memory["aside"].fill(-1)
+        memory["aside"][self._present] = np.arange(self._present.size)
 
     def _logits_backward(self, dln, add):
-        """Logits, losses and gradients of ROWS tokens, then of the next."""
+        """Logits, losses and gradients of some tokens, then of the next."""
         p, g, ops, head = self.params, self.grads, self.ops, self._ends.head
         names = "lnf", "logits", "losses", "lse", "dlosses"
         every = {name: self._acts[name] for name in names} | {"dln": dln}
         every["targets"] = self._batch["targets"]
         tokens, V = every["targets"].size, self.cfg.vocab_size
-        if tokens > ROWS:
+        rows = tokens if _at_once(self.cfg, tokens) else ROWS
+        if rows < tokens:
             every = {name: _in_one_row(x) for name, x in every.items()}
-        for first in range(0, tokens, ROWS):
-            a = {k: x[:, first : first + ROWS] for k, x in every.items()}
-            logits = every["logits"][:, : a["targets"].size]
+        for first in range(0, tokens, rows):
+            a = {k: x[:, first : first + rows] for k, x in every.items()}
+            logits = every["logits"][:, : a["targets"].shape[1]]
             a |= {"logits": logits, "V": V}  # the same place each time
             head.forward(ops, logits, a["lnf"], p, self._how)
             arrays = a["losses"], a["lse"], logits, a["targets"], V
@@ -108,21 +189,30 @@ class InBackward(GPT2):
             how = add or first > 0, self._how
             head.backward(ops, a["dln"], a, a, p, g, *how)
 
-    def _block_backward(self, i, add):
-        super()._clear(self._in_blocks)
-        self._again(super()._block_backward, i, add)
-        for x in self._in_blocks:
-            self._learn(x, i)
+    def _encoder_backward(self):
+        grads, tokens = self.grads, self._batch["tokens"]
+        if self._few is not None:
+            grads = grads | {"wte": self._few}
+            tokens = self.memory["places"]["places"]
+        d = self._dacts["dstream"]
+        self._ends.encoder.backward(self.ops, d, tokens, grads)
 
-    def _learn(self, x, i):
-        """AdamW on a tensor, or on block i of it."""
-        groups = [self.memory[g] for g in ("params", "grads", "m", "v")]
-        flat = [tensors[x.name][i].reshape(-1) for tensors in groups]
-        decays = self._decay is None or x.name in self._decay
-        getattr(self.ops, self._machine.update)(
-            *flat, self._settings[not decays]
-        )
-        self._squares += self.ops.clip_gradients(flat[1], math.inf) ** 2
+    def _learn(self, name, decay, params, grads, m, v):
+        """AdamW on a tensor, or on some of its rows, as flat arrays."""
+        decays = decay is None or name in decay
+        settings = self._settings[not decays]
+        self.ops.adamw_update(params, grads, m, v, settings)
+        self._squares += self.ops.clip_gradients(grads, math.inf) ** 2
+
+    def _learn_few(self, decay):
+        """The rows of the batch's tokens, from both ends' gradients."""
+        rows = self._present
+        tables = [self.memory[group]["wte"] for group in ("params", "m", "v")]
+        p, m, v = (table[rows].reshape(-1) for table in tables)
+        grads = self._few[: rows.size].reshape(-1)
+        self._learn("wte", decay, p, grads, m, v)
+        for table, x in zip(tables, (p, m, v), strict=True):
+            table[rows] = x.reshape(rows.size, -1)
 
     def _norm(self):
         return math.sqrt(self._squares)
@@ -132,7 +222,7 @@ class InBackward(GPT2):
         if max_norm != math.inf:
             raise ValueError(
                 f"InBackward.step: max_norm must be inf, got {max_norm!r}: "
-                f"blocks learn before the norm of all gradients is known"
+                f"weights learn before the norm of all gradients is known"
             )
         return super().step(tokens, targets, **settings)
 

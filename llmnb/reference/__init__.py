@@ -14,6 +14,7 @@ from llmnb.reference.gated import *
 from llmnb.reference.gelu import *
 from llmnb.reference.gpt2 import *
 from llmnb.reference.layernorm import *
+from llmnb.reference.learning import *
 from llmnb.reference.local import *
 from llmnb.reference.matmul import *
 from llmnb.reference.residual import *

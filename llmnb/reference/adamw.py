@@ -69,6 +69,17 @@ class AdamW(NamedTuple):
         return Factors(keep, 1 - beta1, beta2, 1 - beta2, root, eps, size)
 
 
+# the arithmetic of a step
+def learn(params, grads, m, v, factors):
+    """AdamW on some parameters; factors: the Factors, or an array of them."""
+    keep, new1, beta2, new2, root, eps, size = factors
+    params *= keep
+    m += new1 * (grads - m)
+    v *= beta2
+    v += new2 * grads * grads
+    params -= size * m / (np.sqrt(v) / root + eps)
+
+
 # one step of AdamW
 @shapes("N!, N, N!, N!")
 def adamw_update(params, grads, m, v, settings):
@@ -81,12 +92,7 @@ def adamw_update(params, grads, m, v, settings):
 
     Derived in chapter 1.12.
     """
-    f = settings.factors("adamw_update")
-    params *= f.keep
-    m += f.new1 * (grads - m)
-    v *= f.beta2
-    v += f.new2 * grads * grads
-    params -= f.size * m / (np.sqrt(v) / f.root + f.eps)
+    learn(params, grads, m, v, settings.factors("adamw_update"))
 
 
 # the norm of all gradients

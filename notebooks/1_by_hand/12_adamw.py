@@ -363,6 +363,17 @@ class AdamW(NamedTuple):
         return Factors(keep, 1 - beta1, beta2, 1 - beta2, root, eps, size)
 
 
+# %% the arithmetic of a step tags=["exporti"]
+def learn(params, grads, m, v, factors):
+    """AdamW on some parameters; factors: the Factors, or an array of them."""
+    keep, new1, beta2, new2, root, eps, size = factors
+    params *= keep
+    m += new1 * (grads - m)
+    v *= beta2
+    v += new2 * grads * grads
+    params -= size * m / (np.sqrt(v) / root + eps)
+
+
 # %% one step of AdamW tags=["export"]
 @shapes("N!, N, N!, N!")
 def adamw_update(params, grads, m, v, settings):
@@ -373,12 +384,7 @@ def adamw_update(params, grads, m, v, settings):
     zero before the first step. settings: an AdamW; its decay applies to every
     element. Raises ValueError for settings out of range.
     """
-    f = settings.factors("adamw_update")
-    params *= f.keep
-    m += f.new1 * (grads - m)
-    v *= f.beta2
-    v += f.new2 * grads * grads
-    params -= f.size * m / (np.sqrt(v) / f.root + f.eps)
+    learn(params, grads, m, v, settings.factors("adamw_update"))
 
 
 # %% the two parameters through the function

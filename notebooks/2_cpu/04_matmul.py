@@ -440,7 +440,7 @@ def _multiply(part, parts, address):
 
 
 # %% any product tags=["exporti"]
-def _flat(x):
+def as_flat(x):
     """A matrix, or the transpose of one, as a flat view and two steps."""
     row, col = (step // x.itemsize for step in x.strides)
     return (x if x.flags.c_contiguous else x.T).reshape(-1), row, col
@@ -450,10 +450,10 @@ def _product(out, a, b, start=None, bias=None, work=None, bf16=False):
     """out = start + bias + a @ b for matrices; the first two may be None."""
     made = scratch(work, bf16, out.dtype)
     sizes, zeros = (*out.shape, a.shape[1]), ROWS * COLS
-    (a, *a_steps), (b, *b_steps), (out, line, _) = map(_flat, (a, b, out))
+    (a, *a_steps), (b, *b_steps), (out, line, _) = map(as_flat, (a, b, out))
     starts, shifts = (zeros, 0, 0), (zeros, 0)
     if start is not None:
-        start, *steps = _flat(start.reshape(sizes[:2]))
+        start, *steps = as_flat(start.reshape(sizes[:2]))
         starts = 0, *steps
     if bias is not None:
         shifts = 0, 1

@@ -6,19 +6,21 @@
 #     name: python3
 #   llmnb:
 #     modules:
-#       model.inbackward: "A model whose blocks learn while it goes back."
+#       reference.learning: "A weight that learns with its gradient, in NumPy."
+#       cpu.learning: "A weight that learns while its gradient is made."
+#       model.inbackward: "A model that learns while it goes back."
 # ---
 
 # %% [markdown]
 # # In backward: learn while going back
 #
-# > A block's gradient is needed until the block has learnt. If it learns at
-# > once, a model holds one block's gradients, and those of its two ends.
+# > A gradient is needed until its weight has learnt. If the weight learns at once,
+# > the gradient is never stored, and memory works while the processor computes.
 #
-# *Reading time: 10 minutes. You need: the model's passes ([chapter
+# *Reading time: 15 minutes. You need: the model's passes ([chapter
 # 1.17](../1_by_hand/17_model.ipynb)), AdamW ([chapter
-# 1.12](../1_by_hand/12_adamw.ipynb)), Llama's tensors ([chapter
-# 5.5](05_architectures.ipynb)) and what fine-tuning takes ([chapter
+# 1.12](../1_by_hand/12_adamw.ipynb)), the compiled product ([chapter
+# 2.4](../2_cpu/04_matmul.ipynb)) and what fine-tuning takes ([chapter
 # 5.10](10_lora.ipynb)).*
 
 # %% [markdown]
@@ -29,7 +31,7 @@
 # left out instead. At the end of it you can
 #
 # - say when a gradient is written, when it is read, and when it is dead;
-# - let the blocks of any model take turns with one block's gradients;
+# - let a matrix learn inside the product that makes its gradient;
 # - say which three things a training run gives up for it.
 #
 # ## Setup
@@ -44,8 +46,363 @@ import llmnb
 from llmnb.book.diagram import PALETTE
 from llmnb.book.verify import compare, verdict
 
-# %% imports tags=["export"]
+# %% [markdown]
+# ## When a gradient is dead
+#
+# Count the numbers that training holds for each parameter: itself, its
+# gradient, and AdamW's two averages. The averages outlive a step and so does the
+# parameter. The gradient does not. Going back through a layer with the weight $w$,
+#
+# - one product takes the gradient of the output through $w$ to that of the input;
+# - another makes $dw$;
+# - AdamW reads $dw$, and then the next step overwrites it.
+#
+# Who else reads gradients? Clipping needs the norm of all before it scales the
+# first ([chapter 1.12](../1_by_hand/12_adamw.ipynb)); the norm that a step only reports
+# can be added up weight by weight. The layers before this one read their own weights
+# and the gradient of their output, which was made with the old $w$, but $w$ itself is
+# never read again in this step. And AdamW computes each parameter from its own
+# weight, gradient and averages only, so the order in which tensors learn cannot
+# matter. So without clipping the two loops
+#
+# $$ \text{for all } w, \text{ from the last: } dw \qquad
+# \text{then for all } w: \; w \leftarrow \mathrm{AdamW}(w, dw)
+# \tag{5.11.1} $$
+#
+# may be one loop with the same numbers for each parameter:
+#
+# $$ \text{for all } w, \text{ from the last: } dw, \quad
+# w \leftarrow \mathrm{AdamW}(w, dw). \tag{5.11.2} $$
+#
+# The same holds for a part of $w$: a row of $dw$ is dead when that row has learnt. So
+# $dw$ need not be stored at all, only the rows that are being made.
+#
+# That saves time too. AdamW reads four numbers for each parameter and writes three, 28
+# bytes, and computes little with them: it waits for memory. The product that makes
+# $dw$ computes for each of its elements as many multiplications as there are tokens,
+# and hardly reads memory: it waits for the processor. Done together, each works while
+# the other waits.
+#
+# ## A weight that learns
+#
+# In NumPy the two are one after the other. Besides the squares that the norm needs, one
+# sum for each row, there is something that [a table of tokens](#the-table-of-tokens) will need: some rows can
+# be set aside. Their gradients are kept, and they do not learn yet.
+
+# %% imports of the weight that learns tags=["export"] module="reference.learning"
+import numpy as np
+
+from llmnb.reference.adamw import learn
+from llmnb.shapes import shapes
+
+
+# %% a weight that learns tags=["export"] module="reference.learning"
+@shapes("OC C!, OC C!, OC C!, OC!, B T OC, B T C, 7")
+def matmul_learn(
+    weight, m, v, squares, dout, inp, factors, aside=None, few=None
+):
+    """Take AdamW's step with a linear layer's gradient, dout.T @ inp.
+
+    weight, m, v: (OC, C), change in place; m and v are AdamW's averages.
+    dout: (B, T, OC). inp: (B, T, C). squares: (OC,), overwritten with the sum
+    of the squares of each row of the gradient. factors: (7,), the Factors of
+    the step. All of one float dtype. aside: (OC,) of int32, or None: row i, if
+    aside[i] is not negative, does not learn; its gradient goes to
+    few[aside[i]], (C,), and its sum of squares is 0. Raises TypeError or
+    ValueError before it computes anything.
+    """
+    OC, C = weight.shape
+    grads = dout.reshape(-1, OC).T @ inp.reshape(-1, C)
+    learns = slice(None)
+    if aside is not None:
+        few[aside[aside >= 0]] = grads[aside >= 0]
+        grads[aside >= 0] = 0
+        learns = aside < 0
+    squares[:] = np.sum(grads * grads, axis=1)
+    new = weight[learns], m[learns], v[learns]
+    learn(new[0], grads[learns], *new[1:], factors)
+    weight[learns], m[learns], v[learns] = new
+
+
+# %% [markdown]
+# ## While the gradient is made
+#
+# Compiled, each thread takes a share of the rows. A block of 264 rows and 768 columns
+# of $dw$ is made in 811 KB of the products' scratch memory, which stay in a cache, by the
+# packing and the tiles of [appendix A.3](../appendix/03_panels.ipynb). Then its
+# parameters learn, and the next block is made in the same place. Where a sum is longer
+# than the panels, with more than 768 tokens, there is room for four such blocks, which
+# wait until their sums are complete.
+#
+# AdamW would now wait for the block's `weight`, `m` and `v`. But a tile asks for memory
+# in each turn of its loop ([appendix A.2](../appendix/02_tile.ipynb)), so let it ask for
+# these: each of the first tiles of a block for one row of the block, in three arrays at
+# once. The order of all sums is that of the product, and the update is that of
+# `adamw_update`, so the bits are the same.
+
+# %% imports of the compiled version tags=["export"] module="cpu.learning"
+import functools
+from typing import NamedTuple
+
+import numba
+import numpy as np
+from numba import carray, types
+
+from llmnb.cpu.adamw import learn
+from llmnb.cpu.jit import arguments, inlined, routine, team
+from llmnb.cpu.matmul import as_flat
+from llmnb.cpu.microkernel import Place, moved, steps_per_line
+from llmnb.cpu.panels import (
+    ALL, DEPTH, HEIGHT, INT, LENGTH, PAIR, PLACE, ROOM, SECOND, SIZES, SPARE,
+    TALL, WIDTH, WORK, Block, Flat, Routines, all_tiles, check_bf16,
+    multiply_panels, pack, scratch,
+)  # fmt: skip
+from llmnb.cpu.tile import COLS, ROWS
+from llmnb.shapes import shapes
+
+
+# %% what tiles ask for tags=["exporti"] module="cpu.learning"
+class Rows(NamedTuple):
+    """Rows of three arrays that will be read, by address and in bytes.
+
+    at: where the first row begins in the first array; row: from row to row;
+    count: of rows; wide: how much of each; second, third: how much further
+    on the other arrays begin.
+    """
+
+    at: int
+    row: int
+    count: int
+    wide: int
+    second: int
+    third: int
+
+
+@inlined
+def _asked(ahead, left, lines, chain, per, size):
+    """A row for each tile, as long as there are rows; as in A.3."""
+    second, third = ahead.second, ahead.third
+    if left >= ahead.count:
+        return ahead.at, 0, 0, second, third
+    step = (ahead.wide + lines - 1) // lines
+    return ahead.at + left * ahead.row, chain * step, step, second, third
+
+
+def _tiles_routine(out, start, bias, panels, spare, at, pair, sizes, ahead):
+    out, start, bias = carray(out, ALL), carray(start, ALL), carray(bias, ALL)
+    x = Flat(out, start, bias, carray(panels, ALL), carray(spare, ALL))
+    all_tiles(x, at, pair[0], pair[1], sizes, ahead, _asked)
+
+
+@functools.cache
+def _routine(panel, number):
+    """The routine for two dtypes of NumPy, which has an address."""
+    p, x = (types.CPointer(numba.from_dtype(d)) for d in (panel, number))
+    rows = types.NamedUniTuple(INT, 6, Rows)
+    kinds = x, x, x, p, x, PLACE, PAIR, SIZES, rows
+    return routine(_tiles_routine, types.void(*kinds))
+
+
+# %% a block of the gradient tags=["exporti"] module="cpu.learning"
+@inlined
+def _multiply_block(code, x, at, rows, b, columns, fresh, ahead):
+    """As multiply_rows of A.3, where tiles ask for Rows, ahead.
+
+    code: Routines, with that of _tiles_routine to multiply.
+    """
+    per, down = steps_per_line(x.panels), (rows + ROWS - 1) // ROWS
+    lines = (columns.depth + per - 1) // per
+    for c in range(0, columns.rows, COLS):
+        m, to = min(COLS, columns.rows - c), SECOND + c * lines
+        if fresh:
+            p = columns.at + c * columns.row
+            block = Block(p, columns.row, columns.col, m, columns.depth)
+            pack(code.pack_cols, x.panels, to, b, block)
+        here, sizes = moved(at, 0, c), (rows, m, columns.depth, DEPTH)
+        multiply_panels(code.multiply, x, here, (0, to), sizes, ahead)
+        first, row, count, wide, second, third = ahead
+        left = max(0, count - down)
+        ahead = Rows(first + down * row, row, left, wide, second, third)
+
+
+# %% and its learning tags=["exporti"] module="cpu.learning"
+@inlined
+def _learn_block(weights, others, factors, grads, at, block):
+    """AdamW on a block; its gradient begins at grads[at]."""
+    (params, m, v), (squares, aside, few) = weights, others
+    top, bottom, left, right = block
+    for i in range(top, bottom):
+        row = grads[at : at + right - left]
+        at += WIDTH
+        total = row.dtype.type(0)
+        if aside.size and aside[i] >= 0:
+            few[aside[i], left:right] = row
+        else:
+            mine = slice(left, right)
+            arrays = params[i, mine], row, m[i, mine], v[i, mine]
+            total = learn(*arrays, factors)
+        squares[i] = total if left == 0 else squares[i] + total
+
+
+@inlined
+def _rows_of(weights, block):
+    """The Rows of a block of the parameters and their averages."""
+    (params, m, v), (top, bottom, left, right) = weights, block
+    size, at = params.itemsize, np.int64(params.ctypes.data)
+    row, first = size * params.shape[1], at + size * left
+    further = np.int64(m.ctypes.data) - at, np.int64(v.ctypes.data) - at
+    wide = size * (right - left)
+    return Rows(first + top * row, row, bottom - top, wide, *further)
+
+
+# %% a strip of rows tags=["exporti"] module="cpu.learning"
+@inlined
+def _learn_strip(weights, others, factors, x, strip, steps, code, memory):
+    """Make the gradient of a strip block by block, and learn from it.
+
+    x: dout and inp, flat, and the length of their sums; memory: of one
+    thread, panels, spare and gradient.
+    """
+    (a, b, depth), (panels, spare, grads) = x, memory
+    a_row, a_col, b_row, b_col = steps
+    top, bottom, left, right = strip
+    zeros = ROWS * COLS
+    spare[zeros : zeros + COLS] = 0
+    for k in range(0, depth, LENGTH):
+        n, start = min(LENGTH, depth - k), grads if k > 0 else spare
+        flat = Flat(grads, start, spare, panels, spare)
+        p = left * b_col + k * b_row
+        columns = Block(p, b_col, b_row, right - left, n)
+        for i in range(top, bottom, HEIGHT):
+            rows, p = min(HEIGHT, bottom - i), i * a_row + k * a_col
+            block, ahead = (i, i + rows, left, right), (i, i, left, right)
+            pack(code.pack_rows, panels, 0, a, Block(p, a_row, a_col, rows, n))
+            o = (i - top) * WIDTH if depth > LENGTH else 0
+            at = Place(o, WIDTH, zeros, 0, 0, zeros, 0)
+            if k > 0:
+                at = Place(o, WIDTH, o, WIDTH, 1, zeros, 0)
+            if k + n == depth:
+                ahead = block
+            ask = _rows_of(weights, ahead)
+            _multiply_block(code, flat, at, rows, b, columns, i == top, ask)
+            if k + n == depth:
+                _learn_block(weights, others, factors, grads, o, block)
+
+
+# %% the kernel tags=["exporti"] module="cpu.learning"
+@team
+def _learn(part, parts, address):
+    given = arguments(address)
+    weights, others, factors, x = given[:3], given[3:6], given[6], given[7:10]
+    rows, steps, code, panels, work = given[10:]
+    cols = weights[0].shape[1]
+    f = factors
+    seven = f[0], f[1], f[2], f[3], f[4], f[5], f[6]
+    memory = panels[part], work[part, SPARE:], work[part, ROOM:]
+    down = -(-rows // (parts * ROWS)) * ROWS
+    end = min(rows, (part + 1) * down)
+    tall = TALL if x[2] > LENGTH else down
+    for left in range(0, cols, WIDTH):
+        right = min(left + WIDTH, cols)
+        for top in range(part * down, end, tall):
+            strip = top, min(top + tall, end), left, right
+            _learn_strip(
+                weights, others, seven, x, strip, steps, Routines(*code),
+                memory,
+            )  # fmt: skip
+
+
+# %% a weight that learns, compiled tags=["export"] module="cpu.learning"
+@shapes("OC C!, OC C!, OC C!, OC!, B T OC, B T C, 7", work=WORK)
+def matmul_learn(
+    weight, m, v, squares, dout, inp, factors, aside=None, few=None,
+    work=None, bf16=False,
+):  # fmt: skip
+    """Take AdamW's step with a linear layer's gradient, dout.T @ inp.
+
+    weight, m, v: (OC, C), change in place; m and v are AdamW's averages.
+    dout: (B, T, OC). inp: (B, T, C). squares: (OC,), overwritten with the sum
+    of the squares of each row of the gradient. factors: (7,), the Factors of
+    the step. All float32 or all float64 and C-contiguous. aside: (OC,) of
+    int32, or None: row i, if aside[i] is not negative, does not learn; its
+    gradient goes to few[aside[i]], (C,), and its sum of squares is 0. work,
+    bf16: as in matmul_forward. Raises TypeError or ValueError before it
+    computes anything.
+    """
+    check_bf16("matmul_learn", bf16, inp.dtype)
+    (*packers, _), panels, work = scratch(work, bf16, inp.dtype)
+    (OC, C), tokens = weight.shape, inp.shape[0] * inp.shape[1]
+    if aside is None:
+        aside, few = np.empty(0, np.int32), weight[:0]
+    a, *a_steps = as_flat(dout.reshape(tokens, OC).T)
+    b, *b_steps = as_flat(inp.reshape(tokens, C))
+    code = *packers, _routine(panels.dtype, work.dtype).address
+    others = squares, aside, few
+    how = OC, (*a_steps, *b_steps), code, panels, work
+    _learn(weight, m, v, *others, factors, a, b, tokens, *how)
+
+
+# %% [markdown]
+# A weight of 600 rows and 800 columns learns from 1,000 tokens, and its rows 3 and 77
+# are set aside. The plain way stores the gradient, and lets every row learn:
+
+# %% one weight, in both ways
+from llmnb import cpu
+from llmnb.reference.adamw import AdamW
+
+rng = np.random.default_rng(511)
+dout, inp, start = (
+    rng.normal(size=shape).astype(np.float32)
+    for shape in ((2, 500, 600), (2, 500, 800), (600, 800))
+)
+rule = AdamW(learning_rate=1e-2, step=1)
+
+
+def in_two_steps():
+    weight, m, v = start.copy(), np.zeros_like(start), np.zeros_like(start)
+    grads, dinp = np.empty_like(start), np.empty_like(inp)
+    how = {"add_dinp": False, "add_dweight": False}
+    cpu.matmul_backward(dinp, grads, None, dout, inp, weight, **how)
+    flat = [x.reshape(-1) for x in (weight, grads, m, v)]
+    cpu.adamw_update(*flat, rule)
+    return weight, m, v, grads
+
+
+def in_one():
+    weight, m, v = start.copy(), np.zeros_like(start), np.zeros_like(start)
+    aside, few = np.full(600, -1, np.int32), np.empty((2, 800), np.float32)
+    aside[[3, 77]] = 0, 1
+    squares = np.empty(600, np.float32)
+    factors = np.array(rule.factors("one weight"), np.float32)
+    arrays = weight, m, v, squares, dout, inp, factors
+    cpu.matmul_learn(*arrays, aside, few)
+    return weight, m, v, few, squares
+
+
+*plain, grads = in_two_steps()
+*learnt, few, squares = in_one()
+others = np.delete(np.arange(600), [3, 77])
+same = all(
+    np.array_equal(x[others], y[others])
+    for x, y in zip(learnt, plain, strict=True)
+)
+verdict("weight, m and v", same, "the same bits")
+verdict("rows set aside", np.array_equal(few, grads[[3, 77]]), "the same bits")
+verdict("they stay", np.array_equal(learnt[0][[3, 77]], start[[3, 77]]), "yes")
+compare("squares", squares[others], (grads[others] ** 2).sum(1), tol=1e-5)
+
+# %% [markdown]
+# ## The model that learns
+#
+# The parts of a block hand the gradient of each weight on to `matmul_backward` and do not
+# look at it ([chapter 1.13](../1_by_hand/13_block.ipynb)). So something else may stand
+# where the gradient of a weight would: a `Learner`, which knows what learning takes. The
+# layers are wrapped, as LoRA's were: `matmul_backward` makes the gradient of the input,
+# with the weight as it is, and then lets the weight learn.
+
+# %% imports tags=["export"] module="model.inbackward"
 import math
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -53,53 +410,97 @@ from llmnb.model.gpt2 import GPT2
 from llmnb.model.lora import HOSTS
 from llmnb.model.tensors import full_shape, tensor_table
 
+
+# %% what stands for a gradient tags=["exporti"] module="model.inbackward"
+class Learner(NamedTuple):
+    """What `matmul_learn` takes besides a weight and the two factors."""
+
+    m: Any
+    v: Any
+    squares: Any
+    factors: Any
+    aside: Any = None
+    few: Any = None
+
+
+class _Learning:
+    """A backend's layers, where a weight whose gradient is a Learner learns."""
+
+    def __init__(self, ops):
+        self._ops = ops
+
+    def __getattr__(self, name):
+        return getattr(self._ops, name)
+
+    def matmul_backward(
+        self, dinp, dweight, dbias, dout, inp, weight,
+        add_dinp=True, add_dweight=True, **how,
+    ):  # fmt: skip
+        """As the backend's; then the weight learns, if it is to."""
+        learns = isinstance(dweight, Learner)
+        arrays = dinp, None if learns else dweight, dbias, dout, inp, weight
+        self._ops.matmul_backward(*arrays, add_dinp, add_dweight, **how)
+        if learns:
+            m, v, squares, *rest = dweight
+            arrays = weight, m, v, squares, dout, inp, *rest
+            self._ops.matmul_learn(*arrays, **how)
+
+
 # %% [markdown]
-# ## When a gradient is dead
+# All matrices of the blocks learn so. What is left, biases, the weights of norms and the
+# table of positions, is a small part of a model; its gradients are stored as ever, and it
+# learns at the end.
 #
-# Count the numbers that training holds for each parameter: itself, its
-# gradient, and AdamW's two averages. The averages outlive a step and so does the
-# parameter. The gradient does not. In block $i$, going back,
+# ## The table of tokens
 #
-# - the block's backward functions write $dw_i$;
-# - AdamW reads $dw_i$, and then the next step overwrites it.
+# The table that makes the logits is the largest matrix, and if it is tied, it also
+# gives every token its vector: its gradient comes from both ends of the model. But the
+# other end reaches only the rows of the tokens that are in the batch. So those are set
+# aside when the table learns at the head, with their gradients; the encoder adds
+# to these few rows at the end; and then they learn.
 #
-# Who else reads gradients? Clipping needs the norm of all before it scales the
-# first ([chapter 1.12](../1_by_hand/12_adamw.ipynb)); the norm that a step only reports
-# can be added up block by block. The backward pass of block $i - 1$ reads the
-# activations, $w_{i-1}$ and the stream's gradient. That was made with the old $w_i$,
-# but $w_i$ itself is never read again. And AdamW computes each parameter from its own
-# weight, gradient and averages only, so the order in which tensors learn cannot
-# matter. So without clipping the two loops
+# ## Logits, some tokens at a time
 #
-# $$ \text{for } i = L-1, \dots, 0: \; dw_i \qquad
-# \text{then for all } i: \; w_i \leftarrow \mathrm{AdamW}(w_i, dw_i)
-# \tag{5.11.1} $$
+# And the logits themselves? They are the largest activation, $V$ numbers for each
+# token, and a step needs them no longer than their gradient lives. So one may take 768
+# tokens at a time: their logits, losses and gradients, and then those of the next
+# 768 in the same place. The gradient of the table is a sum over all tokens, though. It
+# must then be stored, $VC$ numbers, and the table learns at the end. That is less
+# where it is less than the logits that are saved, which is the case for more than
+# $768 + C$ tokens. For fewer, all logits are there at once and the table learns at the
+# head.
 #
-# may be one loop with the same numbers for each parameter:
-#
-# $$ \text{for } i = L-1, \dots, 0: \; dw_i, \quad
-# w_i \leftarrow \mathrm{AdamW}(w_i, dw_i). \tag{5.11.2} $$
-#
-# In it all $dw_i$ can lie in the same place. What is in no block keeps a place of
-# its own and learns at the end. A tied token table has to: its gradient comes from
-# both ends of the model.
-#
-# ## The same place for every block
-#
-# The model asks for the gradients of block $i$ as `grads[name][i]`. An array with
-# a stride of zero, no bytes from one $i$ to the next, gives it the same memory for
-# every $i$:
+# The compiled product adds up in chains of 384 tokens
+# ([chapter 2.4](../2_cpu/04_matmul.ipynb)). So two whole chains at a time give the
+# same bits. (NumPy's product has its own order; there the last bits may differ where
+# tokens are taken in parts.) The room for all logits is there still, for whoever asks for
+# them after `forward`; but a system hands out memory when it is first written
+# ([chapter 1.16](../1_by_hand/16_memory.ipynb)), and a step writes the first 768
+# rows only.
 
 
-# %% every block the same tags=["exporti"]
-def _for_every_block(array, L):
-    """An array (L, ...) of which every [i] is the array given."""
-    shape, strides = (L, *array.shape), (0, *array.strides)
-    return np.lib.stride_tricks.as_strided(array, shape, strides)
-
-
-# %% some tokens at a time tags=["exporti"]
+# %% who learns, and how tags=["exporti"] module="model.inbackward"
 ROWS = 768  # of the logits: two whole chains of the sums over tokens
+
+
+def _at_once(cfg, tokens):
+    """Whether all logits take less than ROWS and the table's gradient."""
+    return tokens <= ROWS + cfg.channels
+
+
+def _head(cfg):
+    """The name of the table that makes the logits."""
+    names = [x.name for x in tensor_table(cfg)]
+    return "head" if "head" in names else "wte"
+
+
+def _learners(cfg, tokens):
+    """The tensors that learn as soon as their gradients are made."""
+    head = _head(cfg) if _at_once(cfg, tokens) else None
+    return [
+        x for x in tensor_table(cfg)
+        if (x.stacked and len(x.shape) == 2) or x.name == head
+    ]  # fmt: skip
 
 
 def _in_one_row(array):
@@ -107,113 +508,104 @@ def _in_one_row(array):
     return array.reshape(1, -1, *array.shape[2:])
 
 
-# %% one place, three names
-place = np.zeros(2, np.float32)
-gradients = _for_every_block(place, 3)
-gradients[2] = 7
-print(gradients.shape, place, gradients[0])
-
-# %% [markdown]
-# Which memory? When the first block goes back, the classifier is done with the
-# logits and their gradient. What the blocks take turns with lies over them already
-# ([chapter 1.16](../1_by_hand/16_memory.ipynb)), and a block's gradients are one
-# more thing of that kind. As long as the logits are the larger they cost nothing.
-#
-# And the logits themselves? They are the largest activation, $V$ numbers for each
-# token, and a step needs them no longer than their gradient lives. So take 768
-# tokens at a time: their logits, losses and gradients, and then those of the next
-# 768 in the same place. The gradient of the table is a sum over tokens, and the
-# compiled product adds it up in chains of 384
-# ([chapter 2.4](../2_cpu/04_matmul.ipynb)). So two whole chains at a time give the
-# same bits. (NumPy's product has its own order; there the last bits may differ from
-# 769 tokens on.) The room for all logits is there still, for whoever asks for them after
-# `forward`; but a system hands out memory when it is first written
-# ([chapter 1.16](../1_by_hand/16_memory.ipynb)), and a step writes the first 768
-# rows only.
-#
-# The table's panels are packed anew, and its gradient is read again, for every 768
-# tokens. That is a small part of what these tokens cost.
-#
-# The model does the rest as it always does, block after block. A few methods
-# differ: gradients are allocated for one block; the logits come with their
-# gradients; a block's backward pass ends with its learning; a step ends with the
-# learning of the ends alone; and what backward functions *add* to, the gradients of
-# norms, is zeroed before each block and not at the beginning, when the logits are
-# still there. The norm that `step`
-# returns is put together from the tensors' norms: their squares add.
-#
-# Most of what depends on nothing but its arrays is replayed from the second step on
-# ([appendix A.13](../appendix/13_backend.ipynb)): the forward pass up to the last norm,
-# the head with its logits, and each block's backward pass. AdamW's numbers change, so
-# its calls are made anew.
-
-
-# %% the layout of its memory tags=["export"]
+# %% the layout of its memory tags=["export"] module="model.inbackward"
 def in_backward_layout(cfg, layout):
-    """The layout of a model's memory, with gradients for one block.
+    """The layout of a model's memory, with gradients for what is no matrix.
 
-    cfg: of the model. layout: as gpt2_layout gives it. The gradients of what
-    is in no block stay where they are; one block's are among what blocks
-    take turns with.
+    cfg: of the model. layout: as gpt2_layout gives it.
     """
-    rows, (dtype, turns, over) = tensor_table(cfg), layout["block"]
-    ends = {x.name: full_shape(x, cfg) for x in rows if not x.stacked}
-    turns = turns | {x.name: x.shape for x in rows if x.stacked}
-    return layout | {"grads": (dtype, ends), "block": (dtype, turns, over)}
+    dtype, shapes = layout["grads"]
+    batch = layout["batch"][1]["tokens"]
+    tokens = math.prod(batch)
+    own = {x.name: full_shape(x, cfg)[:-1] for x in _learners(cfg, tokens)}
+    layout = layout | {
+        "grads": (dtype, {n: x for n, x in shapes.items() if n not in own}),
+        "squares": (dtype, own),
+        "factors": (dtype, dict.fromkeys(own, (7,))),
+    }
+    if "wte" in own:  # some of its rows learn later
+        table = shapes["wte"]
+        few = min(tokens, table[0]), table[1]
+        layout["few"] = dtype, {"few": few}
+        layout["places"] = np.int32, {"places": batch, "aside": table[:1]}
+    return layout
 
 
-# %% learn while going back tags=["export"]
+# %% learn while going back tags=["export"] module="model.inbackward"
 class InBackward(GPT2):
-    """A model, of any architecture, that holds one block's gradients.
+    """A model, of any architecture, that stores no matrix's gradient.
 
-    It learns as GPT2 does, to the bit (with NumPy's layers: up to 768 tokens
-    in a batch), by `step` alone and without clipping: a block learns as soon
-    as its gradients are there, and the next overwrites them. cfg, batch_size,
-    seq_len, backend, precision, seed: as for GPT2, on the host. grads[name][i]
-    of what every block has is the same memory for every i, and that of the
-    logits: after a step it holds what the last block left. backward, update
-    and clip_gradients raise RuntimeError, for they need all gradients at once.
+    It learns as GPT2 does, to the bit (with NumPy's layers: as long as a
+    batch has no more than 768 tokens and channels), by `step` alone and
+    without clipping: a matrix learns as soon as its gradient is made. cfg,
+    batch_size, seq_len, backend, precision, seed: as for GPT2, on the host.
+    grads has the gradients of what is no matrix, and after a step a table's
+    if it did not learn at once. backward, update and clip_gradients raise
+    RuntimeError, for they need all gradients.
     """
 
     backends = HOSTS
 
     def _allocate(self, layout):
-        rows = tensor_table(self.cfg)
-        self._in_blocks = [x for x in rows if x.stacked]
-        self._at_ends = [x for x in rows if not x.stacked]
-        super()._allocate(in_backward_layout(self.cfg, layout))
-        grads, block = self.memory["grads"], self.memory["block"]
-        for x in self._in_blocks:
-            own = block.pop(x.name)
-            grads[x.name] = _for_every_block(own, self.cfg.num_layers)
+        self._machine.ops = _Learning(self._machine.ops)
+        layout = in_backward_layout(self.cfg, layout)
+        super()._allocate(layout)
+        self._later = list(self.memory["grads"])
+        self._few = self.memory["few"]["few"] if "few" in layout else None
+        for x in _learners(self.cfg, self.batch_size * self.seq_len):
+            self.memory["grads"][x.name] = self._learner(x)
+
+    def _learner(self, x):
+        """A tensor's Learner, or the list of those of its blocks."""
+        name, memory = x.name, self.memory
+        groups = [memory[group][name] for group in ("m", "v", "squares")]
+        factors, last = memory["factors"][name], ()
+        if x.stacked:
+            return [
+                Learner(*own, factors) for own in zip(*groups, strict=True)
+            ]
+        if name == "wte":
+            last = memory["places"]["aside"], self._few
+        return Learner(*groups, factors, *last)
 
     def _whole_step(self, max_norm, decay):
-        self._decay, self._squares = decay, 0.0
+        for name, factors in self.memory["factors"].items():
+            decays = decay is None or name in decay
+            factors[:] = self._settings[not decays].factors("InBackward.step")
+        if self._few is not None:
+            self._set_aside()
         self._again(self._stream)
         self._weigh_losses()
-        self._backward()
-        for x in self._at_ends:
-            self._learn(x, ...)
+        self._again(self._backward)
+        self._squares = self.memory.flat("squares").sum(dtype=np.float64)
+        groups = [self.memory[g] for g in ("params", "grads", "m", "v")]
+        for name in self._later:
+            flat = (tensors[name].reshape(-1) for tensors in groups)
+            self._learn(name, decay, *flat)
+        if self._few is not None:
+            self._learn_few(decay)
 
-    def _clear(self, rows):
-        """At the beginning of a pass only the ends: the logits are there."""
-        super()._clear(self._at_ends)
-
-    def _head_backward(self, add):
-        self._again(super()._head_backward, add)
+    def _set_aside(self):
+        """Number the tokens of the batch, whose rows learn last."""
+        tokens, memory = self._batch["tokens"], self.memory["places"]
+        self._present, found = np.unique(tokens, return_inverse=True)
+        memory["places"][...] = found.reshape(tokens.shape)
+        memory["aside"].fill(-1)
+        memory["aside"][self._present] = np.arange(self._present.size)
 
     def _logits_backward(self, dln, add):
-        """Logits, losses and gradients of ROWS tokens, then of the next."""
+        """Logits, losses and gradients of some tokens, then of the next."""
         p, g, ops, head = self.params, self.grads, self.ops, self._ends.head
         names = "lnf", "logits", "losses", "lse", "dlosses"
         every = {name: self._acts[name] for name in names} | {"dln": dln}
         every["targets"] = self._batch["targets"]
         tokens, V = every["targets"].size, self.cfg.vocab_size
-        if tokens > ROWS:
+        rows = tokens if _at_once(self.cfg, tokens) else ROWS
+        if rows < tokens:
             every = {name: _in_one_row(x) for name, x in every.items()}
-        for first in range(0, tokens, ROWS):
-            a = {k: x[:, first : first + ROWS] for k, x in every.items()}
-            logits = every["logits"][:, : a["targets"].size]
+        for first in range(0, tokens, rows):
+            a = {k: x[:, first : first + rows] for k, x in every.items()}
+            logits = every["logits"][:, : a["targets"].shape[1]]
             a |= {"logits": logits, "V": V}  # the same place each time
             head.forward(ops, logits, a["lnf"], p, self._how)
             arrays = a["losses"], a["lse"], logits, a["targets"], V
@@ -221,21 +613,30 @@ class InBackward(GPT2):
             how = add or first > 0, self._how
             head.backward(ops, a["dln"], a, a, p, g, *how)
 
-    def _block_backward(self, i, add):
-        super()._clear(self._in_blocks)
-        self._again(super()._block_backward, i, add)
-        for x in self._in_blocks:
-            self._learn(x, i)
+    def _encoder_backward(self):
+        grads, tokens = self.grads, self._batch["tokens"]
+        if self._few is not None:
+            grads = grads | {"wte": self._few}
+            tokens = self.memory["places"]["places"]
+        d = self._dacts["dstream"]
+        self._ends.encoder.backward(self.ops, d, tokens, grads)
 
-    def _learn(self, x, i):
-        """AdamW on a tensor, or on block i of it."""
-        groups = [self.memory[g] for g in ("params", "grads", "m", "v")]
-        flat = [tensors[x.name][i].reshape(-1) for tensors in groups]
-        decays = self._decay is None or x.name in self._decay
-        getattr(self.ops, self._machine.update)(
-            *flat, self._settings[not decays]
-        )
-        self._squares += self.ops.clip_gradients(flat[1], math.inf) ** 2
+    def _learn(self, name, decay, params, grads, m, v):
+        """AdamW on a tensor, or on some of its rows, as flat arrays."""
+        decays = decay is None or name in decay
+        settings = self._settings[not decays]
+        self.ops.adamw_update(params, grads, m, v, settings)
+        self._squares += self.ops.clip_gradients(grads, math.inf) ** 2
+
+    def _learn_few(self, decay):
+        """The rows of the batch's tokens, from both ends' gradients."""
+        rows = self._present
+        tables = [self.memory[group]["wte"] for group in ("params", "m", "v")]
+        p, m, v = (table[rows].reshape(-1) for table in tables)
+        grads = self._few[: rows.size].reshape(-1)
+        self._learn("wte", decay, p, grads, m, v)
+        for table, x in zip(tables, (p, m, v), strict=True):
+            table[rows] = x.reshape(rows.size, -1)
 
     def _norm(self):
         return math.sqrt(self._squares)
@@ -245,7 +646,7 @@ class InBackward(GPT2):
         if max_norm != math.inf:
             raise ValueError(
                 f"InBackward.step: max_norm must be inf, got {max_norm!r}: "
-                f"blocks learn before the norm of all gradients is known"
+                f"weights learn before the norm of all gradients is known"
             )
         return super().step(tokens, targets, **settings)
 
@@ -265,8 +666,8 @@ class InBackward(GPT2):
 # Not a tolerance this time: after three steps of either model the losses and
 # every parameter must be the same bits. Only the norm has one, for its squares are
 # added in another order. With GPT-2 and with a tied Llama, and with weight decay on
-# all tensors or on some, as the lines say. A batch has 816 tokens, whose logits
-# come in two parts:
+# all tensors or on some, as the lines say. A batch of 816 tokens has its logits
+# in two parts, one of 48 all at once:
 
 # %% the same bits
 gpt2 = llmnb.GPT2Config(
@@ -276,13 +677,12 @@ llama = llmnb.LlamaConfig(
     max_seq_len=16, vocab_size=97, num_layers=3, num_heads=4, channels=32,
     num_kv_heads=2, tied=True,
 )  # fmt: skip
-rng = np.random.default_rng(511)
-tokens = rng.integers(0, 97, (3, 51, 17))
 
 
-def three_steps(made, cfg, decay):
+def three_steps(made, cfg, decay, rows):
     """Losses, norms and parameters after three steps."""
-    model, told = made(cfg, 51, 16), []
+    model, told = made(cfg, rows, 16), []
+    tokens = np.random.default_rng(511).integers(0, 97, (3, rows, 17))
     for step, batch in enumerate(tokens, 1):
         how = {"step": step, "learning_rate": 1e-2, "decay": decay}
         told.append(model.step(batch[:, :-1], batch[:, 1:], **how))
@@ -291,55 +691,51 @@ def three_steps(made, cfg, decay):
 
 
 for name, cfg in ("GPT-2", gpt2), ("Llama", llama):
-    for decay in None, ("fcw", "wte"):
-        want = three_steps(llmnb.GPT2, cfg, decay)
-        got = three_steps(InBackward, cfg, decay)
+    for decay, rows in (None, 3), (None, 51), (("fcw", "wte"), 3):
+        want = three_steps(llmnb.GPT2, cfg, decay, rows)
+        got = three_steps(InBackward, cfg, decay, rows)
         same = all(np.array_equal(got[2][x], want[2][x]) for x in want[2])
-        where = f"{name}, {'some' if decay else 'all'}"
+        where = f"{name}, {'some' if decay else 'all'}, {16 * rows} tokens"
         verdict(f"{where} losses", got[0] == want[0], "the same bits")
         verdict(f"{where} weights", same, "the same bits")
         compare(f"{where} norms", np.array(got[1]), want[1], tol=1e-5)
 
 # %% [markdown]
-# A mistake that is easy to make: to leave the norms' gradients as they are for
-# the next block, which adds to them. (The first to go back even adds to what is left
-# of the logits.) The losses of later steps give it away.
+# A mistake that is easy to make: to let the whole table learn at the head. The rows of
+# the batch's tokens then learn from one half of their gradient. Only the losses of
+# later steps give it away.
 
 
 # %% a mistake, caught
-class Unzeroed(InBackward):
-    def _block_backward(self, i, add):
-        GPT2._block_backward(self, i, add)
-        for x in self._in_blocks:
-            self._learn(x, i)
+class NoneAside(InBackward):
+    def _set_aside(self):
+        super()._set_aside()
+        self.memory["places"]["aside"].fill(-1)
 
 
-losses = three_steps(Unzeroed, llama, None)[0]
-wrong = losses[1:] != three_steps(llmnb.GPT2, llama, None)[0][1:]
-verdict("not zeroed", wrong, "caught")
+losses = three_steps(NoneAside, gpt2, None, 3)[0]
+want = three_steps(llmnb.GPT2, gpt2, None, 3)[0]
+verdict("the first loss", losses[0] == want[0], "is right")
+verdict("none set aside", losses[1:] != want[1:], "caught")
 
 # %% [markdown]
 # ## Count it
 #
-# With $P$ parameters, $Q$ of them in each block and $E$ at both ends, training
-# holds $4P$ numbers besides activations. Now it is
-#
-# $$ 3P + Q + E, \tag{5.11.3} $$
-#
-# and $3P + E$ where the logits are larger than the $Q$ gradients and what the blocks
-# take turns with. For SmolLM2 on 256 tokens they are, for its vocabulary has 49,152
-# tokens:
+# With $P$ parameters training holds $4P$ numbers besides activations. Now it is $3P$ and
+# the gradients of what is no matrix: of SmolLM2 on 256 tokens
 
 # %% numbers held
 smollm2 = llmnb.PRESETS["smollm2-135m"]
-rows = tensor_table(smollm2)
-P = sum(math.prod(full_shape(x, smollm2)) for x in rows)
-block = sum(math.prod(x.shape) for x in rows if x.stacked)
-ends = P - smollm2.num_layers * block
+table = tensor_table(smollm2)
+P = sum(math.prod(full_shape(x, smollm2)) for x in table)
+learners = {x.name for x in _learners(smollm2, 256)}
+rest = [x for x in table if x.name not in learners]
+rest = sum(math.prod(full_shape(x, smollm2)) for x in rest)
+few = 256 * smollm2.channels
 print(f"{4 * 4 * P / 1e6:,.0f} MB before")
-print(f"{4 * (3 * P + block + ends) / 1e6:,.0f} MB in backward")
-print(f"{4 * block / 1e6:,.0f} MB of them over the logits,")
-print(f"which take {4 * 256 * smollm2.padded_vocab_size / 1e6:,.0f} MB")
+print(f"{4 * (3 * P + rest + few) / 1e6:,.0f} MB in backward, of them")
+print(f"{4 * rest / 1e6:.2f} MB for the gradients of norms")
+print(f"{4 * few / 1e6:.2f} MB for those of the batch's rows of the table")
 
 # %% [markdown]
 # `tests/record_lora.py` asked the system for the peak of a process that
@@ -358,8 +754,8 @@ verdict("SmolLM2, losses", same, "the bits of the whole")
 # %% [markdown]
 # `llmnb train --in-backward --clip 0` makes a run of it, which can be stopped and
 # resumed as any other. It gives the weights of the run without `--in-backward`, to
-# the bit. Its validations run `forward`, which writes all logits: a batch of more
-# than 768 tokens takes their whole room again.
+# the bit. Its validations run `forward`, which writes all logits: where a step takes
+# them in parts, they take their whole room again.
 #
 # `llmnb bench --in-backward` lets such a model race with the plain one and with
 # PyTorch. Here GPT-2 124M learns from 4 rows of 64 tokens, and from one of 1,024
@@ -374,16 +770,17 @@ for contest in json.loads(path.read_text("utf-8"))["contests"]:
         print(f"  {row['name']:<24}{size:6,.0f} MB{ms:8,.0f} ms a step")
 
 # %% [markdown]
-# With 256 tokens a step takes 3 % longer: AdamW is called for each tensor of each
-# block, and the norm is taken, which the plain model does not do in this race. With
-# 1,024 tokens the two differ by less than the rounds of the race do.
+# RACE TEXT
 
 # %% what is held, and when tags=["hide-input"]
+tensors = [x for x in table if x.stacked]
+block = sum(math.prod(x.shape) for x in tensors)
+ends = P - smollm2.num_layers * block
 L = smollm2.num_layers
 moments = np.arange(L + 1)  # the head, then the blocks from last to first
 both = {
     "all, then learn": (ends + moments * block, "orange"),
-    "in backward": (ends + np.minimum(moments, 1) * block, "blue"),
+    "in backward": (few + rest / L * moments, "blue"),
 }
 fig, ax = plt.subplots(figsize=(7.5, 2.6), dpi=100)
 for name, (held, colour) in both.items():
@@ -397,9 +794,8 @@ fig.tight_layout()
 plt.show()
 
 # %% [markdown]
-# *Figure 5.11.1. Gradients that SmolLM2 has written as it goes back through its 30
-# blocks. All of them come to 538 MB; where blocks learn at once it is 127 MB, 113
-# of them the token table's, from the first block on.*
+# *Figure 5.11.1. Gradients that SmolLM2 has stored as it goes back through its 30
+# blocks. All of them come to 538 MB; where matrices learn at once it is less than one.*
 #
 # The processes shrank by what was counted. LoRA takes less still, for it needs no
 # averages of the frozen weights either, but at the same rate of learning it has learnt
@@ -407,19 +803,21 @@ plt.show()
 #
 # ## What it does not do
 #
-# It cannot clip: the first block to learn would have to know the norm of those
+# It cannot clip: the first weight to learn would have to know the norm of those
 # that have not gone back yet. For the same reason it cannot drop a step whose norm
-# is a spike or no number: blocks have learnt before it is known. So a long run is
+# is a spike or no number: weights have learnt before it is known. So a long run is
 # safer with clipping ([chapter 1.18](../1_by_hand/18_training.ipynb)); a short one
 # at a low rate may do without. And it cannot add up the gradients of several
 # batches, for nothing of the first would be left to add to. It runs on the CPU.
 #
 # ## Take away
 #
-# - A gradient lives from its backward function to its update.
-# - Let the update follow at once, and the blocks need one place for theirs.
-# - The same bits from $3P + Q + E$ numbers instead of $4P$, and $Q$ of them may lie
-#   over the logits; no clipping, no dropped steps, no accumulation.
+# - A gradient lives from the product that makes it to its update.
+# - Let the update follow at once, and it lives in a cache.
+# - A product waits for the processor and an update for memory: done together, they
+#   take less time.
+# - The same bits from $3P$ numbers instead of $4P$; no clipping, no dropped steps, no
+#   accumulation.
 #
 # ## Design note
 #
@@ -432,12 +830,22 @@ plt.show()
 # ## Exercises
 #
 # **1** (★). Plain gradient descent has no averages. What fraction of its memory for
-# parameters and gradients is left, for a model of many equal blocks and small
-# ends?
+# parameters and gradients is left?
 #
 # :::{admonition} Solution to exercise 1
 # :class: dropdown
-# $2P$ become $P + Q + E$: a little more than half.
+# $2P$ numbers become $P$: a half.
+# :::
+#
+# **2** (★★). AdamW moves 28 bytes a parameter, and a machine's memory 60 GB a second; its
+# cores take 530 thousand million floating-point operations a second. From how many tokens
+# on does making $dw$ take longer than its update?
+#
+# :::{admonition} Solution to exercise 2
+# :class: dropdown
+# $N$ tokens are $2N$ operations for each parameter, $2N / 530$ ns; the update takes
+# $28 / 60 = 0.47$ ns. So from 124 tokens on. With fewer, memory would still be busy when the
+# product is done.
 # :::
 
 # %% [markdown]

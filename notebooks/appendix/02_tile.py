@@ -358,7 +358,9 @@ def _ask_row(builder, row, to, vectors):
 # A turn loads the vectors of a line of `b`, then goes down the numbers of a
 # line of `a`, spreads each, and multiplies it with all of them: 6 by 2 FMAs
 # for 8 loads. It also asks for one line of memory that nobody needs yet: while
-# a product multiplies, the numbers that it packs next come nearer.
+# a product multiplies, the numbers that it packs next come nearer. (Or for several
+# lines, each at a distance from the first, where what comes next reads several
+# arrays.)
 
 
 # %% a turn of the loop tags=["exporti"] module="cpu.microkernel"
@@ -366,13 +368,15 @@ def _tile_sums(builder, panels, depth, to, ahead, pairs, vectors):
     """The sums of a tile over two panels, as vectors, row by row.
 
     panels: where they begin. to: the tile's address in out, and the step to
-    the next row. ahead: an address to ask for, and its step.
+    the next row. ahead: an address to ask for, its step, and how far from
+    it others are.
     """
     fma = multiply_add_pairs if pairs else multiply_add
 
     def turn(pointers, sums):
         a, b, ahead, row = pointers
-        _prefetch(builder, [ahead], write=False)
+        others = (builder.gep(ahead, [x]) for x in further)
+        _prefetch(builder, [ahead, *others], write=False)
         _ask_row(builder, row, to, vectors)
         places = [builder.gep(b, [I32(v * LANES)]) for v in range(vectors)]
         columns = [peek(builder, p, LANES) for p in places]
@@ -385,7 +389,7 @@ def _tile_sums(builder, panels, depth, to, ahead, pairs, vectors):
 
     number = ir.FloatType() if pairs else panels[0].type.pointee
     zeros = [constant(number, [0.0] * LANES)] * (ROWS * vectors)
-    (place, step), (row, line) = ahead, to
+    (place, step, *further), (row, line) = ahead, to
     pointers, steps = [*panels, place, row], [I32(ROWS), I32(COLS), step, line]
     return sum_loop(builder, depth, pointers, steps, zeros, turn)
 
@@ -408,7 +412,8 @@ def multiply_tile(
     For kernels. out, start, bias and panels are flat arrays; at: a Place.
     a, b: where the panels begin; depth: their lines, at least 1. vectors: a
     constant, how many of each line of b are taken. ahead: the address of
-    memory that will be read soon, and its step from line to line, in bytes.
+    memory that will be read soon, its step from line to line, in bytes, and
+    how far on there is more of it, if there is.
     """
     kinds = out, at, start, bias, panels, INT, INT, INT, vectors, ahead
     signature = types.void(*kinds)
@@ -428,8 +433,8 @@ def multiply_tile(
 
         outs = addresses(out, at.out, at.out_row, one)
         to = outs[0], at.out_row
-        place, step = cgutils.unpack_tuple(builder, args[9])
-        ahead = builder.inttoptr(place, ir.IntType(8).as_pointer()), step
+        place, *steps = cgutils.unpack_tuple(builder, args[9])
+        ahead = builder.inttoptr(place, ir.IntType(8).as_pointer()), *steps
         pairs = kinds[4].dtype == types.uint32
         sums = _tile_sums(builder, (a, b), args[7], to, ahead, pairs, vectors)
         shifts = addresses(bias, at.bias, none, at.bias_col)[:vectors]
@@ -491,11 +496,9 @@ def _transposed(builder, rows):
     """The columns of squares, as many as stand side by side in vectors."""
     rows, distance = list(rows), len(rows) // 2
     while distance:
-        first, second = [], []
-        for j in range(LANES):
-            far = bool(j & distance)
-            first.append(j - distance + LANES if far else j)
-            second.append(j + LANES if far else j + distance)
+        far = LANES - distance  # to the same place in the other vector
+        first = [j + far if j & distance else j for j in range(LANES)]
+        second = [j + distance for j in first]
         low, high = constant(I32, first), constant(I32, second)
         for i in range(len(rows)):
             if not i & distance:
@@ -527,9 +530,7 @@ def _pieces(width):
     """Split a width into vectors: pairs (first, count)."""
     first = 0
     while first < width:
-        count = LANES
-        while count > width - first:
-            count //= 2
+        count = min(LANES, 1 << (width - first).bit_length() - 1)
         yield first, count
         first += count
 

@@ -53,6 +53,7 @@ from numba.extending import intrinsic
 
 from llmnb.cpu.jit import inlined, routine
 from llmnb.cpu.microkernel import (
+    INT,
     LINE,
     Place,
     moved,
@@ -234,10 +235,10 @@ def _tiles_of(vectors):
     @inlined
     def tile(x, at, a, b, lines, chain, ask):
         out, start, bias, panels, spare = x
-        place, apart, step = ask
+        place, apart, step = ask[:3]
         for k in range(0, lines, chain):
             n, p, q = min(chain, lines - k), a + k * ROWS, b + k * COLS
-            ahead = place, step
+            ahead = (place, step) + ask[3:]
             multiply_tile(
                 out, at, start, bias, panels, p, q, n, vectors, ahead
             )
@@ -256,7 +257,7 @@ def _tile(x, at, a, b, lines, chain, ask, cols):
     """A tile; lines: of its panels; chain: lines of one sum.
 
     Of its vectors of columns only those that `cols` reaches are computed.
-    ask: see _asked.
+    ask: as _asked gives it; what follows is as in multiply_tile.
     """
     if cols > COLS - LANES:
         _whole(x, at, a, b, lines, chain, ask)
@@ -328,8 +329,12 @@ def _asked(ahead, left, lines, chain, per, size):
 
 # %% all tiles of a block tags=["exporti"]
 @inlined
-def _all_tiles(x, at, a, b, sizes, ahead):
-    """x: a Flat; at: a Place; a, b: where the panels begin."""
+def all_tiles(x, at, a, b, sizes, ahead, asked):
+    """Compute a block, tile by tile.
+
+    x: a Flat; at: a Place; a, b: where the panels begin. asked: a function
+    for what each tile asks for.
+    """
     rows, cols, steps, chain = sizes
     per = steps_per_line(x.panels)
     lines, chain = (steps + per - 1) // per, chain // per
@@ -338,7 +343,7 @@ def _all_tiles(x, at, a, b, sizes, ahead):
             here, p, q = moved(at, i, j), a + i * lines, b + j * lines
             m, n = min(ROWS, rows - i), min(COLS, cols - j)
             left = (rows - i - 1) // ROWS
-            ask = _asked(ahead, left, lines, chain, per, x.out.itemsize)
+            ask = asked(ahead, left, lines, chain, per, x.out.itemsize)
             if m == ROWS and n % LANES == 0:
                 _tile(x, here, p, q, lines, chain, ask, n)
             else:
@@ -346,6 +351,9 @@ def _all_tiles(x, at, a, b, sizes, ahead):
 
 
 # %% [markdown]
+# What a tile asks for is an argument, for
+# [chapter 5.11](../5_modern/11_inbackward.ipynb) wants something else to come near.
+#
 # ## Compile once
 #
 # A kernel that calls a compiled function takes a copy of its code and
@@ -372,7 +380,7 @@ def _cols_routine(panels, to, source, block):
 def _tiles_routine(out, start, bias, panels, spare, at, pair, sizes, ahead):
     out, start, bias = carray(out, ALL), carray(start, ALL), carray(bias, ALL)
     x = Flat(out, start, bias, carray(panels, ALL), carray(spare, ALL))
-    _all_tiles(x, at, pair[0], pair[1], sizes, ahead)
+    all_tiles(x, at, pair[0], pair[1], sizes, ahead, _asked)
 
 
 # %% their addresses tags=["exporti"]
@@ -384,7 +392,6 @@ class Routines(NamedTuple):
     multiply: int
 
 
-INT = types.int64
 BLOCK = types.NamedUniTuple(INT, 5, Block)
 PLACE = types.NamedUniTuple(INT, 7, Place)
 PAIR, SIZES = types.UniTuple(INT, 2), types.UniTuple(INT, 4)
@@ -439,7 +446,7 @@ def _multiply(
     typing, code, out, start, bias, panels, spare, at, pair, sizes, ahead
 ):
     kinds = out, start, bias, panels, spare
-    return types.void(INT, *kinds, PLACE, PAIR, SIZES, NEXT), _jump
+    return types.void(INT, *kinds, PLACE, PAIR, SIZES, ahead), _jump
 
 
 @inlined
@@ -480,14 +487,17 @@ HEIGHT = 264 // ROWS * ROWS  # rows in a block
 WIDTH = 768 // COLS * COLS  # columns in a block, where rows make several
 SECOND = HEIGHT * LENGTH  # where the panels of columns begin
 SPARE = SECOND + WIDTH * LENGTH  # where the spare tile begins
+ROOM = SPARE + (ROWS + 2) * COLS  # where there is room for part of a gradient
+TALL = 4 * HEIGHT  # its rows
 
 
 def work_shape():
     """The shape of the scratch memory that the products pack into.
 
-    A row for each thread that numba may use, of 3.2 MB in float32.
+    A row for each thread that numba may use, of 6.4 MB in float32. The
+    second half is written by `matmul_learn` alone, and otherwise takes none.
     """
-    return numba.config.NUMBA_NUM_THREADS, SPARE + (ROWS + 2) * COLS
+    return numba.config.NUMBA_NUM_THREADS, ROOM + TALL * WIDTH
 
 
 WORK = "{} {}!?".format(*work_shape())  # as `shapes` reads it
@@ -524,8 +534,7 @@ def multiply_rows(code, x, at, rows, b, columns, apart, fresh):
             block = Block(p, columns.row, columns.col, m, columns.depth)
             pack(code.pack_cols, x.panels, to, b, block)
         if fresh and m < columns.rows - c:
-            p += COLS * columns.row
-            ahead = _ahead(b, p, columns.row, columns.col)
+            ahead = _ahead(b, p + COLS * columns.row, columns.row, columns.col)
         here, sizes = moved(at, 0, c), (rows, m, columns.depth, DEPTH)
         multiply_panels(code.multiply, x, here, (0, to), sizes, ahead)
 

@@ -16,6 +16,7 @@ LAYERS = [
     if hasattr(getattr(reference, name), "arguments")
 ]
 OWN = {"work", "bf16", "version"}  # what only compiled layers take
+ON_HOSTS = {"matmul_learn"}  # what no GPU has
 
 
 def parameters(layer):
@@ -40,9 +41,10 @@ def taken(layer):
 def test_the_backends_take_the_same(name):
     want, compiled = getattr(reference, name), getattr(cpu, name)
     assert taken(compiled) == taken(want)
-    for layer in compiled, getattr(cuda, name):
+    there = [compiled] if name in ON_HOSTS else [compiled, getattr(cuda, name)]
+    for layer in there:
         assert parameters(layer) == parameters(want)
 
 
 def test_all_layers_are_compared():
-    assert len(LAYERS) == 33
+    assert len(LAYERS) == 34

@@ -1,0 +1,42 @@
+# Written by `make export` from notebooks/5_modern/11_inbackward.py: edit that file.
+
+"""A weight that learns with its gradient, in NumPy."""
+
+__all__ = ["matmul_learn"]
+
+
+# imports of the weight that learns
+import numpy as np
+
+from llmnb.reference.adamw import learn
+from llmnb.shapes import shapes
+
+
+# a weight that learns
+@shapes("OC C!, OC C!, OC C!, OC!, B T OC, B T C, 7")
+def matmul_learn(
+    weight, m, v, squares, dout, inp, factors, aside=None, few=None
+):
+    """Take AdamW's step with a linear layer's gradient, dout.T @ inp.
+
+    weight, m, v: (OC, C), change in place; m and v are AdamW's averages.
+    dout: (B, T, OC). inp: (B, T, C). squares: (OC,), overwritten with the sum
+    of the squares of each row of the gradient. factors: (7,), the Factors of
+    the step. All of one float dtype. aside: (OC,) of int32, or None: row i, if
+    aside[i] is not negative, does not learn; its gradient goes to
+    few[aside[i]], (C,), and its sum of squares is 0. Raises TypeError or
+    ValueError before it computes anything.
+
+    Derived in chapter 5.11.
+    """
+    OC, C = weight.shape
+    grads = dout.reshape(-1, OC).T @ inp.reshape(-1, C)
+    learns = slice(None)
+    if aside is not None:
+        few[aside[aside >= 0]] = grads[aside >= 0]
+        grads[aside >= 0] = 0
+        learns = aside < 0
+    squares[:] = np.sum(grads * grads, axis=1)
+    new = weight[learns], m[learns], v[learns]
+    learn(new[0], grads[learns], *new[1:], factors)
+    weight[learns], m[learns], v[learns] = new
