@@ -121,6 +121,9 @@ def _rows_of(weights, block):
 
 
 # a strip of rows
+SHORT = HEIGHT // 3 // ROWS * ROWS  # rows that are made, and learn, at a time
+
+
 @inlined
 def _learn_strip(weights, others, factors, x, strip, steps, code, memory):
     """Make the gradient of a strip block by block, and learn from it.
@@ -138,8 +141,8 @@ def _learn_strip(weights, others, factors, x, strip, steps, code, memory):
         flat = Flat(grads, start, spare, panels, spare)
         p = left * b_col + k * b_row
         columns = Block(p, b_col, b_row, right - left, n)
-        for i in range(top, bottom, HEIGHT):
-            rows, p = min(HEIGHT, bottom - i), i * a_row + k * a_col
+        for i in range(top, bottom, SHORT):
+            rows, p = min(SHORT, bottom - i), i * a_row + k * a_col
             block, ahead = (i, i + rows, left, right), (i, i, left, right)
             pack(code.pack_rows, panels, 0, a, Block(p, a_row, a_col, rows, n))
             o = (i - top) * WIDTH if depth > LENGTH else 0

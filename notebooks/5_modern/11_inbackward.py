@@ -127,12 +127,13 @@ def matmul_learn(
 # %% [markdown]
 # ## While the gradient is made
 #
-# Compiled, each thread takes a share of the rows. A block of 264 rows and 768 columns
-# of $dw$ is made in 811 KB of the products' scratch memory, which stay in a cache, by the
-# packing and the tiles of [appendix A.3](../appendix/03_panels.ipynb). Then its
-# parameters learn, and the next block is made in the same place. Where a sum is longer
-# than the panels, with more than 768 tokens, there is room for four such blocks, which
-# wait until their sums are complete.
+# Compiled, each thread takes a share of the rows. A block of 88 rows and 768 columns of
+# $dw$ is made in 270 KB of the products' scratch memory by the packing and the tiles of
+# [appendix A.3](../appendix/03_panels.ipynb). Then its parameters learn, and the next
+# block is made in the same place: a block, its parameters and averages nearly fit the
+# second-level cache together. Where a sum is longer than the panels, with more than
+# 768 tokens, there is room for a dozen such blocks, which wait until their sums are
+# complete.
 #
 # AdamW would now wait for the block's `weight`, `m` and `v`. But a tile asks for memory
 # in each turn of its loop ([appendix A.2](../appendix/02_tile.ipynb)), so let it ask for
@@ -256,6 +257,9 @@ def _rows_of(weights, block):
 
 
 # %% a strip of rows tags=["exporti"] module="cpu.learning"
+SHORT = HEIGHT // 3 // ROWS * ROWS  # rows that are made, and learn, at a time
+
+
 @inlined
 def _learn_strip(weights, others, factors, x, strip, steps, code, memory):
     """Make the gradient of a strip block by block, and learn from it.
@@ -273,8 +277,8 @@ def _learn_strip(weights, others, factors, x, strip, steps, code, memory):
         flat = Flat(grads, start, spare, panels, spare)
         p = left * b_col + k * b_row
         columns = Block(p, b_col, b_row, right - left, n)
-        for i in range(top, bottom, HEIGHT):
-            rows, p = min(HEIGHT, bottom - i), i * a_row + k * a_col
+        for i in range(top, bottom, SHORT):
+            rows, p = min(SHORT, bottom - i), i * a_row + k * a_col
             block, ahead = (i, i + rows, left, right), (i, i, left, right)
             pack(code.pack_rows, panels, 0, a, Block(p, a_row, a_col, rows, n))
             o = (i - top) * WIDTH if depth > LENGTH else 0
