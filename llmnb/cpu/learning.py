@@ -84,10 +84,11 @@ def _multiply_block(code, x, at, rows, b, columns, fresh, ahead):
             block = Block(p, columns.row, columns.col, m, columns.depth)
             pack(code.pack_cols, x.panels, to, b, block)
         here, sizes = moved(at, 0, c), (rows, m, columns.depth, DEPTH)
-        multiply_panels(code.multiply, x, here, (0, to), sizes, ahead)
         first, row, count, wide, second, third = ahead
-        left = max(0, count - down)
-        ahead = Rows(first + down * row, row, left, wide, second, third)
+        later = (columns.rows - c - 1) // COLS * down  # tiles, and their rows
+        left = max(0, count - later)
+        ask = Rows(first + later * row, row, left, wide, second, third)
+        multiply_panels(code.multiply, x, here, (0, to), sizes, ask)
 
 
 # and its learning

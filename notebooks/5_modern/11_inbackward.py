@@ -137,8 +137,9 @@ def matmul_learn(
 #
 # AdamW would now wait for the block's `weight`, `m` and `v`. But a tile asks for memory
 # in each turn of its loop ([appendix A.2](../appendix/02_tile.ipynb)), so let it ask for
-# these: each of the first tiles of a block for one row of the block, in three arrays at
-# once. The order of all sums is that of the product, and the update is that of
+# these: each of the last tiles of a block for one row of the block, in three arrays at
+# once. (Not the first tiles: what they ask for would be gone from the second-level cache
+# by the time it is needed.) The order of all sums is that of the product, and the update is that of
 # `adamw_update`, so the bits are the same.
 
 # %% imports of the compiled version tags=["export"] module="cpu.learning"
@@ -220,10 +221,11 @@ def _multiply_block(code, x, at, rows, b, columns, fresh, ahead):
             block = Block(p, columns.row, columns.col, m, columns.depth)
             pack(code.pack_cols, x.panels, to, b, block)
         here, sizes = moved(at, 0, c), (rows, m, columns.depth, DEPTH)
-        multiply_panels(code.multiply, x, here, (0, to), sizes, ahead)
         first, row, count, wide, second, third = ahead
-        left = max(0, count - down)
-        ahead = Rows(first + down * row, row, left, wide, second, third)
+        later = (columns.rows - c - 1) // COLS * down  # tiles, and their rows
+        left = max(0, count - later)
+        ask = Rows(first + later * row, row, left, wide, second, third)
+        multiply_panels(code.multiply, x, here, (0, to), sizes, ask)
 
 
 # %% and its learning tags=["exporti"] module="cpu.learning"
