@@ -172,7 +172,7 @@ class UpdateOptions:
     skip_window: int = option(128, "steps that an update is compared with", 2)
     overfit: bool = option(False, "learn the first batch again and again")
     in_backward: bool = option(
-        False, "learn block by block while going back, which takes less "
+        False, "let matrices learn while going back, which takes less "
         "memory; wants --clip 0, one batch in an update, no skipping, a CPU",
     )  # fmt: skip
 
@@ -256,7 +256,7 @@ def _check_total(config):
 
 
 def _check_in_backward(config):
-    """Blocks learn before the whole gradient, and its norm, are known."""
+    """Weights learn before the whole gradient, and its norm, are known."""
     one = {0, config.batch_size * config.seq_len}
     usable = dict.fromkeys(("clip", "skip_loss", "skip_norm"), {0})
     usable |= {"total_batch": one, "backend": {"cpu", "reference"}}
