@@ -456,7 +456,7 @@ class Learner(NamedTuple):
 
 
 class _Learning:
-    """A backend's layers, where a weight whose gradient is a Learner learns."""
+    """A backend's layers; a weight whose gradient is a Learner learns."""
 
     def __init__(self, ops):
         self._ops = ops
