@@ -23,6 +23,7 @@ from llmnb.cpu.panels import (
     multiply_panels, pack, scratch,
 )
 from llmnb.cpu.tile import COLS, ROWS
+from llmnb.reference.learning import check_aside
 from llmnb.shapes import shapes
 
 
@@ -45,7 +46,10 @@ class Rows(NamedTuple):
 
 @inlined
 def _asked(ahead, left, lines, chain, per, size):
-    """A row for each tile, as long as there are rows; as in A.3."""
+    """A row for each tile, as long as there are rows; else as in A.3.
+
+    With fewer lines than a row has cache lines, a part of the row.
+    """
     second, third = ahead.second, ahead.third
     if left >= ahead.count:
         return ahead.at, 0, 0, second, third
@@ -73,7 +77,8 @@ def _routine(panel, number):
 def _multiply_block(code, x, at, rows, b, columns, fresh, ahead):
     """As multiply_rows of A.3, where tiles ask for Rows, ahead.
 
-    code: Routines, with that of _tiles_routine to multiply.
+    code: Routines, with that of _tiles_routine to multiply. fresh: whether
+    to pack the columns too, a Block of b.
     """
     per, down = steps_per_line(x.panels), (rows + ROWS - 1) // ROWS
     lines = (columns.depth + per - 1) // per
@@ -85,7 +90,9 @@ def _multiply_block(code, x, at, rows, b, columns, fresh, ahead):
             pack(code.pack_cols, x.panels, to, b, block)
         here, sizes = moved(at, 0, c), (rows, m, columns.depth, DEPTH)
         first, row, count, wide, second, third = ahead
-        later = (columns.rows - c - 1) // COLS * down  # tiles, and their rows
+        later = (
+            (columns.rows - c - 1) // COLS * down
+        )  # tiles of the next panels
         left = max(0, count - later)
         ask = Rows(first + later * row, row, left, wide, second, third)
         multiply_panels(code.multiply, x, here, (0, to), sizes, ask)
@@ -94,7 +101,10 @@ def _multiply_block(code, x, at, rows, b, columns, fresh, ahead):
 # and its learning
 @inlined
 def _learn_block(weights, others, factors, grads, at, block):
-    """AdamW on a block; its gradient begins at grads[at]."""
+    """AdamW on a block; its gradient begins at grads[at].
+
+    others: squares, aside and few. block: top, bottom, left and right.
+    """
     (params, m, v), (squares, aside, few) = weights, others
     top, bottom, left, right = block
     for i in range(top, bottom):
@@ -122,15 +132,17 @@ def _rows_of(weights, block):
 
 
 # a strip of rows
-SHORT = HEIGHT // 3 // ROWS * ROWS  # rows that are made, and learn, at a time
+# rows that are made, and learn, at a time
+SHORT = max(ROWS, HEIGHT // 3 // ROWS * ROWS)
 
 
 @inlined
 def _learn_strip(weights, others, factors, x, strip, steps, code, memory):
     """Make the gradient of a strip block by block, and learn from it.
 
-    x: dout and inp, flat, and the length of their sums; memory: of one
-    thread, panels, spare and gradient.
+    x: dout and inp, flat, and the length of their sums; steps: as in
+    chapter 2.4. strip: as a block. memory: of one thread, panels, spare and
+    room for a gradient.
     """
     (a, b, depth), (panels, spare, grads) = x, memory
     a_row, a_col, b_row, b_col = steps
@@ -193,13 +205,14 @@ def matmul_learn(
     dout: (B, T, OC). inp: (B, T, C). squares: (OC,), overwritten with the sum
     of the squares of each row of the gradient. factors: (7,), the Factors of
     the step. All float32 or all float64 and C-contiguous. aside: (OC,) of
-    int32, or None: row i, if aside[i] is not negative, does not learn; its
-    gradient goes to few[aside[i]], (C,), and its sum of squares is 0. work,
+    int32, or None: row i, if aside[i] is not -1, does not learn; its gradient
+    goes to few[aside[i]], a row of (R, C), and its sum of squares is 0. work,
     bf16: as in matmul_forward. Raises TypeError or ValueError before it
     computes anything.
 
     Derived in chapter 5.11.
     """
+    check_aside(weight, aside, few)
     check_bf16("matmul_learn", bf16, inp.dtype)
     (*packers, _), panels, work = scratch(work, bf16, inp.dtype)
     (OC, C), tokens = weight.shape, inp.shape[0] * inp.shape[1]

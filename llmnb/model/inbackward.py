@@ -52,12 +52,12 @@ class _Learning:
 
 
 # who learns, and how
-ROWS = 768  # of the logits: two whole chains of the sums over tokens
+PART = 768  # tokens whose logits are there: two whole chains of the sums
 
 
 def _at_once(cfg, tokens):
-    """Whether all logits take less than ROWS and the table's gradient."""
-    return tokens <= ROWS + cfg.channels
+    """Whether all logits take no more than PART's and the table's gradient."""
+    return tokens <= PART + cfg.channels
 
 
 def _head(cfg):
@@ -82,7 +82,7 @@ def _in_one_row(array):
 
 # the layout of its memory
 def in_backward_layout(cfg, layout):
-    """The layout of a model's memory, with gradients for what is no matrix.
+    """The layout of a model's memory, without gradients of what learns at once.
 
     cfg: of the model. layout: as gpt2_layout gives it.
 
@@ -107,15 +107,15 @@ def in_backward_layout(cfg, layout):
 
 # learn while going back
 class InBackward(GPT2):
-    """A model, of any architecture, that stores no matrix's gradient.
+    """A model, of any architecture, whose matrices learn while it goes back.
 
-    It learns as GPT2 does, to the bit (with NumPy's layers: as long as a
-    batch has no more than 768 tokens and channels), by `step` alone and
-    without clipping: a matrix learns as soon as its gradient is made. cfg,
+    It learns as GPT2 does, to the bit (with NumPy's layers if a batch has at
+    most 768 + channels tokens), by `step` alone and without clipping. cfg,
     batch_size, seq_len, backend, precision, seed: as for GPT2, on the host.
-    grads has the gradients of what is no matrix, and after a step a table's
-    if it did not learn at once. backward, update and clip_gradients raise
-    RuntimeError, for they need all gradients.
+    grads has the gradients of what does not learn at once: all but the
+    blocks' matrices and, in such a batch, the table of the logits.
+    backward, update and clip_gradients raise RuntimeError, for they need
+    all gradients.
 
     Derived in chapter 5.11.
     """
@@ -137,9 +137,8 @@ class InBackward(GPT2):
         groups = [memory[group][name] for group in ("m", "v", "squares")]
         factors, last = memory["factors"][name], ()
         if x.stacked:
-            return [
-                Learner(*own, factors) for own in zip(*groups, strict=True)
-            ]
+            blocks = zip(*groups, strict=True)
+            return [Learner(*own, factors) for own in blocks]
         if name == "wte":
             last = memory["places"]["aside"], self._few
         return Learner(*groups, factors, *last)
@@ -176,7 +175,7 @@ class InBackward(GPT2):
         every = {name: self._acts[name] for name in names} | {"dln": dln}
         every["targets"] = self._batch["targets"]
         tokens, V = every["targets"].size, self.cfg.vocab_size
-        rows = tokens if _at_once(self.cfg, tokens) else ROWS
+        rows = tokens if _at_once(self.cfg, tokens) else PART
         if rows < tokens:
             every = {name: _in_one_row(x) for name, x in every.items()}
         for first in range(0, tokens, rows):

@@ -8,8 +8,28 @@ __all__ = ["matmul_learn"]
 # imports of the weight that learns
 import numpy as np
 
+from llmnb.checks import check_array
 from llmnb.reference.adamw import learn
 from llmnb.shapes import shapes
+
+
+# are these rows
+def check_aside(weight, aside, few):
+    """Raise unless `aside` numbers rows of `few`, or is None."""
+    if aside is not None:
+        (OC, C), names = weight.shape, ("aside", "few")
+        shapes, kinds = (
+            ((OC,), (len(few), C)),
+            (np.dtype(np.int32), weight.dtype),
+        )
+        rows = zip(names, (aside, few), shapes, kinds, strict=True)
+        for name, array, shape, kind in rows:
+            check_array(f"matmul_learn: {name}", array, shape, (kind,), True)
+        if not -1 <= aside.min() <= aside.max() < len(few):
+            raise ValueError(
+                f"matmul_learn: aside must lie in [-1, {len(few)}), the rows "
+                f"of few, got {aside.min()} to {aside.max()}"
+            )
 
 
 # a weight that learns
@@ -23,12 +43,13 @@ def matmul_learn(
     dout: (B, T, OC). inp: (B, T, C). squares: (OC,), overwritten with the sum
     of the squares of each row of the gradient. factors: (7,), the Factors of
     the step. All of one float dtype. aside: (OC,) of int32, or None: row i, if
-    aside[i] is not negative, does not learn; its gradient goes to
-    few[aside[i]], (C,), and its sum of squares is 0. Raises TypeError or
-    ValueError before it computes anything.
+    aside[i] is not -1, does not learn; its gradient goes to few[aside[i]], a
+    row of (R, C), and its sum of squares is 0. Raises TypeError or ValueError
+    before it computes anything.
 
     Derived in chapter 5.11.
     """
+    check_aside(weight, aside, few)
     OC, C = weight.shape
     grads = dout.reshape(-1, OC).T @ inp.reshape(-1, C)
     learns = slice(None)

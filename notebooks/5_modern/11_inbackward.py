@@ -21,7 +21,9 @@
 # 1.17](../1_by_hand/17_model.ipynb)), AdamW ([chapter
 # 1.12](../1_by_hand/12_adamw.ipynb)), the compiled product ([chapter
 # 2.4](../2_cpu/04_matmul.ipynb)) and what fine-tuning takes ([chapter
-# 5.10](10_lora.ipynb)).*
+# 5.10](10_lora.ipynb)). The compiled version builds on appendices
+# [A.2](../appendix/02_tile.ipynb) and [A.3](../appendix/03_panels.ipynb); whoever does
+# not want it goes on at "The model that learns".*
 
 # %% [markdown]
 # ## Where we are
@@ -30,7 +32,7 @@
 # learn everything. This chapter keeps all weights learning and asks what can be
 # left out instead. At the end of it you can
 #
-# - say when a gradient is written, when it is read, and when it is dead;
+# - say when a gradient is written, read, and dead;
 # - let a matrix learn inside the product that makes its gradient;
 # - say which three things a training run gives up for it.
 #
@@ -62,8 +64,9 @@ from llmnb.book.verify import compare, verdict
 # can be added up weight by weight. The layers before this one read their own weights
 # and the gradient of their output, which was made with the old $w$, but $w$ itself is
 # never read again in this step. And AdamW computes each parameter from its own
-# weight, gradient and averages only, so the order in which tensors learn cannot
-# matter. So without clipping the two loops
+# value, gradient and averages only, so the order in which tensors learn cannot
+# matter. (A tied table, which is used twice, comes below.) So without clipping the two
+# loops
 #
 # $$ \text{for all } w, \text{ from the last: } dw \qquad
 # \text{then for all } w: \; w \leftarrow \mathrm{AdamW}(w, dw)
@@ -77,7 +80,7 @@ from llmnb.book.verify import compare, verdict
 # The same holds for a part of $w$: a row of $dw$ is dead when that row has learnt. So
 # $dw$ need not be stored at all, only the rows that are being made.
 #
-# That saves time too. AdamW reads four numbers for each parameter and writes three, 28
+# That may save time too. AdamW reads four numbers for each parameter and writes three, 28
 # bytes, and computes little with them: it waits for memory. The product that makes
 # $dw$ computes for each of its elements as many multiplications as there are tokens,
 # and hardly reads memory: it waits for the processor. Done together, each works while
@@ -86,14 +89,34 @@ from llmnb.book.verify import compare, verdict
 # ## A weight that learns
 #
 # In NumPy the two are one after the other. Besides the squares that the norm needs, one
-# sum for each row, there is something that [a table of tokens](#the-table-of-tokens) will need: some rows can
-# be set aside. Their gradients are kept, and they do not learn yet.
+# sum for each row, there is something that a tied table will need: some rows can be set
+# aside. Their gradients are kept, and they do not learn yet.
 
 # %% imports of the weight that learns tags=["export"] module="reference.learning"
 import numpy as np
 
+from llmnb.checks import check_array
 from llmnb.reference.adamw import learn
 from llmnb.shapes import shapes
+
+
+# %% are these rows tags=["exporti"] module="reference.learning"
+def check_aside(weight, aside, few):
+    """Raise unless `aside` numbers rows of `few`, or is None."""
+    if aside is not None:
+        (OC, C), names = weight.shape, ("aside", "few")
+        shapes, kinds = (
+            ((OC,), (len(few), C)),
+            (np.dtype(np.int32), weight.dtype),
+        )
+        rows = zip(names, (aside, few), shapes, kinds, strict=True)
+        for name, array, shape, kind in rows:
+            check_array(f"matmul_learn: {name}", array, shape, (kind,), True)
+        if not -1 <= aside.min() <= aside.max() < len(few):
+            raise ValueError(
+                f"matmul_learn: aside must lie in [-1, {len(few)}), the rows "
+                f"of few, got {aside.min()} to {aside.max()}"
+            )
 
 
 # %% a weight that learns tags=["export"] module="reference.learning"
@@ -107,10 +130,11 @@ def matmul_learn(
     dout: (B, T, OC). inp: (B, T, C). squares: (OC,), overwritten with the sum
     of the squares of each row of the gradient. factors: (7,), the Factors of
     the step. All of one float dtype. aside: (OC,) of int32, or None: row i, if
-    aside[i] is not negative, does not learn; its gradient goes to
-    few[aside[i]], (C,), and its sum of squares is 0. Raises TypeError or
-    ValueError before it computes anything.
+    aside[i] is not -1, does not learn; its gradient goes to few[aside[i]], a
+    row of (R, C), and its sum of squares is 0. Raises TypeError or ValueError
+    before it computes anything.
     """
+    check_aside(weight, aside, few)
     OC, C = weight.shape
     grads = dout.reshape(-1, OC).T @ inp.reshape(-1, C)
     learns = slice(None)
@@ -127,20 +151,21 @@ def matmul_learn(
 # %% [markdown]
 # ## While the gradient is made
 #
-# Compiled, each thread takes a share of the rows. A block of 88 rows and 768 columns of
-# $dw$ is made in 270 KB of the products' scratch memory by the packing and the tiles of
-# [appendix A.3](../appendix/03_panels.ipynb). Then its parameters learn, and the next
-# block is made in the same place: a block, its parameters and averages nearly fit the
-# second-level cache together. Where a sum is longer than the panels, with more than
-# 768 tokens, there is room for a dozen such blocks, which wait until their sums are
-# complete.
+# Compiled, each thread takes a share of the rows. A block of at most 88 rows and 768
+# columns of $dw$ is made in 270 KB of the products' scratch memory by the packing and the
+# tiles of [appendix A.3](../appendix/03_panels.ipynb). Then its parameters learn, and the
+# next block is made in the same place: a block, its parameters and averages nearly fit a
+# second-level cache of 1 MB together. Where a sum is longer than the panels, with more
+# than 768 tokens, there is room for a dozen such blocks, 3.2 MB for each thread, which
+# wait until their sums are complete.
 #
 # AdamW would now wait for the block's `weight`, `m` and `v`. But a tile asks for memory
 # in each turn of its loop ([appendix A.2](../appendix/02_tile.ipynb)), so let it ask for
-# these: each of the last tiles of a block for one row of the block, in three arrays at
-# once. (Not the first tiles: what they ask for would be gone from the second-level cache
-# by the time it is needed.) The order of all sums is that of the product, and the update is that of
-# `adamw_update`, so the bits are the same.
+# these instead of the next columns: each of the last tiles of a block for one row of the
+# block, in three arrays at once. (Not the first tiles: what they ask for would be gone
+# from the second-level cache by the time it is needed.) The order of all sums is that of the product, and the
+# update has the lines of `adamw_update`; that the compiler makes the same of them, the
+# check below says.
 
 # %% imports of the compiled version tags=["export"] module="cpu.learning"
 import functools
@@ -160,6 +185,7 @@ from llmnb.cpu.panels import (
     multiply_panels, pack, scratch,
 )  # fmt: skip
 from llmnb.cpu.tile import COLS, ROWS
+from llmnb.reference.learning import check_aside
 from llmnb.shapes import shapes
 
 
@@ -182,7 +208,10 @@ class Rows(NamedTuple):
 
 @inlined
 def _asked(ahead, left, lines, chain, per, size):
-    """A row for each tile, as long as there are rows; as in A.3."""
+    """A row for each tile, as long as there are rows; else as in A.3.
+
+    With fewer lines than a row has cache lines, a part of the row.
+    """
     second, third = ahead.second, ahead.third
     if left >= ahead.count:
         return ahead.at, 0, 0, second, third
@@ -210,7 +239,8 @@ def _routine(panel, number):
 def _multiply_block(code, x, at, rows, b, columns, fresh, ahead):
     """As multiply_rows of A.3, where tiles ask for Rows, ahead.
 
-    code: Routines, with that of _tiles_routine to multiply.
+    code: Routines, with that of _tiles_routine to multiply. fresh: whether
+    to pack the columns too, a Block of b.
     """
     per, down = steps_per_line(x.panels), (rows + ROWS - 1) // ROWS
     lines = (columns.depth + per - 1) // per
@@ -222,7 +252,9 @@ def _multiply_block(code, x, at, rows, b, columns, fresh, ahead):
             pack(code.pack_cols, x.panels, to, b, block)
         here, sizes = moved(at, 0, c), (rows, m, columns.depth, DEPTH)
         first, row, count, wide, second, third = ahead
-        later = (columns.rows - c - 1) // COLS * down  # tiles, and their rows
+        later = (
+            (columns.rows - c - 1) // COLS * down
+        )  # tiles of the next panels
         left = max(0, count - later)
         ask = Rows(first + later * row, row, left, wide, second, third)
         multiply_panels(code.multiply, x, here, (0, to), sizes, ask)
@@ -231,7 +263,10 @@ def _multiply_block(code, x, at, rows, b, columns, fresh, ahead):
 # %% and its learning tags=["exporti"] module="cpu.learning"
 @inlined
 def _learn_block(weights, others, factors, grads, at, block):
-    """AdamW on a block; its gradient begins at grads[at]."""
+    """AdamW on a block; its gradient begins at grads[at].
+
+    others: squares, aside and few. block: top, bottom, left and right.
+    """
     (params, m, v), (squares, aside, few) = weights, others
     top, bottom, left, right = block
     for i in range(top, bottom):
@@ -259,15 +294,17 @@ def _rows_of(weights, block):
 
 
 # %% a strip of rows tags=["exporti"] module="cpu.learning"
-SHORT = HEIGHT // 3 // ROWS * ROWS  # rows that are made, and learn, at a time
+# rows that are made, and learn, at a time
+SHORT = max(ROWS, HEIGHT // 3 // ROWS * ROWS)
 
 
 @inlined
 def _learn_strip(weights, others, factors, x, strip, steps, code, memory):
     """Make the gradient of a strip block by block, and learn from it.
 
-    x: dout and inp, flat, and the length of their sums; memory: of one
-    thread, panels, spare and gradient.
+    x: dout and inp, flat, and the length of their sums; steps: as in
+    chapter 2.4. strip: as a block. memory: of one thread, panels, spare and
+    room for a gradient.
     """
     (a, b, depth), (panels, spare, grads) = x, memory
     a_row, a_col, b_row, b_col = steps
@@ -330,11 +367,12 @@ def matmul_learn(
     dout: (B, T, OC). inp: (B, T, C). squares: (OC,), overwritten with the sum
     of the squares of each row of the gradient. factors: (7,), the Factors of
     the step. All float32 or all float64 and C-contiguous. aside: (OC,) of
-    int32, or None: row i, if aside[i] is not negative, does not learn; its
-    gradient goes to few[aside[i]], (C,), and its sum of squares is 0. work,
+    int32, or None: row i, if aside[i] is not -1, does not learn; its gradient
+    goes to few[aside[i]], a row of (R, C), and its sum of squares is 0. work,
     bf16: as in matmul_forward. Raises TypeError or ValueError before it
     computes anything.
     """
+    check_aside(weight, aside, few)
     check_bf16("matmul_learn", bf16, inp.dtype)
     (*packers, _), panels, work = scratch(work, bf16, inp.dtype)
     (OC, C), tokens = weight.shape, inp.shape[0] * inp.shape[1]
@@ -360,44 +398,29 @@ from llmnb.reference.adamw import AdamW
 from llmnb.timing import fastest, machine
 
 rng = np.random.default_rng(511)
-dout, inp, start = (
-    rng.normal(size=shape).astype(np.float32)
-    for shape in ((2, 500, 600), (2, 500, 800), (600, 800))
-)
+shapes = (2, 500, 600), (2, 500, 800), (600, 800)
+dout, inp, start = (rng.normal(size=x).astype(np.float32) for x in shapes)
 rule = AdamW(learning_rate=1e-2, step=1)
+plain = start.copy(), np.zeros_like(start), np.zeros_like(start)
+grads, dinp = np.zeros_like(start), np.zeros_like(inp)
+cpu.matmul_backward(dinp, grads, None, dout, inp, plain[0])
+p, m, v = (x.reshape(-1) for x in plain)
+cpu.adamw_update(p, grads.reshape(-1), m, v, rule)
 
+learnt = start.copy(), np.zeros_like(start), np.zeros_like(start)
+aside, few = np.full(600, -1, np.int32), np.empty((2, 800), np.float32)
+aside[[3, 77]] = 0, 1
+squares, factors = np.empty(600, np.float32), rule.factors("one weight")
+arrays = *learnt, squares, dout, inp, np.array(factors, np.float32)
+cpu.matmul_learn(*arrays, aside, few)
 
-def in_two_steps():
-    weight, m, v = start.copy(), np.zeros_like(start), np.zeros_like(start)
-    grads, dinp = np.empty_like(start), np.empty_like(inp)
-    how = {"add_dinp": False, "add_dweight": False}
-    cpu.matmul_backward(dinp, grads, None, dout, inp, weight, **how)
-    flat = [x.reshape(-1) for x in (weight, grads, m, v)]
-    cpu.adamw_update(*flat, rule)
-    return weight, m, v, grads
-
-
-def in_one():
-    weight, m, v = start.copy(), np.zeros_like(start), np.zeros_like(start)
-    aside, few = np.full(600, -1, np.int32), np.empty((2, 800), np.float32)
-    aside[[3, 77]] = 0, 1
-    squares = np.empty(600, np.float32)
-    factors = np.array(rule.factors("one weight"), np.float32)
-    arrays = weight, m, v, squares, dout, inp, factors
-    cpu.matmul_learn(*arrays, aside, few)
-    return weight, m, v, few, squares
-
-
-*plain, grads = in_two_steps()
-*learnt, few, squares = in_one()
-others = np.delete(np.arange(600), [3, 77])
-same = all(
-    np.array_equal(x[others], y[others])
-    for x, y in zip(learnt, plain, strict=True)
-)
+others = aside < 0
+pairs = zip(learnt, plain, strict=True)
+same = all(np.array_equal(x[others], y[others]) for x, y in pairs)
 verdict("weight, m and v", same, "the same bits")
-verdict("rows set aside", np.array_equal(few, grads[[3, 77]]), "the same bits")
-verdict("they stay", np.array_equal(learnt[0][[3, 77]], start[[3, 77]]), "yes")
+verdict("rows set aside", np.array_equal(few, grads[~others]), "the same bits")
+stay = np.array_equal(learnt[0][~others], start[~others])
+verdict("they stay", stay, "yes")
 compare("squares", squares[others], (grads[others] ** 2).sum(1), tol=1e-5)
 
 # %% [markdown]
@@ -409,15 +432,14 @@ V, C, tokens = 50304, 768, 256
 weight, grads, m, v = np.zeros((4, V, C), np.float32)
 dout = rng.normal(size=(1, tokens, V)).astype(np.float32)
 inp, dinp = rng.normal(size=(2, 1, tokens, C)).astype(np.float32)
-squares, factors = np.zeros(V, np.float32), np.array(rule.factors("a weight"))
-factors, how = factors.astype(np.float32), {"add_dweight": False}
 both = dinp, grads, None, dout, inp, weight
-with_learning = weight, m, v, squares, dout, inp, factors
-whole = fastest(lambda: cpu.matmul_backward(*both, **how))
-without = fastest(lambda: cpu.matmul_backward(dinp, None, *both[2:], **how))
+whole = fastest(cpu.matmul_backward, *both)
+without = fastest(cpu.matmul_backward, dinp, None, *both[2:])
 flat = [x.reshape(-1) for x in (weight, grads, m, v)]
 update = fastest(cpu.adamw_update, *flat, rule)
-learnt = fastest(cpu.matmul_learn, *with_learning)
+squares = np.zeros(V, np.float32)
+arrays = weight, m, v, squares, dout, inp, np.array(factors, np.float32)
+learnt = fastest(cpu.matmul_learn, *arrays)
 print(f"{machine()}, {numba.get_num_threads()} threads")
 print(f"product {(whole - without) * 1e3:6.1f} ms")
 print(f"update  {update * 1e3:6.1f} ms")
@@ -479,9 +501,9 @@ class _Learning:
 
 
 # %% [markdown]
-# All matrices of the blocks learn so. What is left, biases, the weights of norms and the
-# table of positions, is a small part of a model; its gradients are stored as ever, and it
-# learns at the end.
+# All matrices of the blocks learn so. What is left, biases, the weights of norms, a table
+# of positions, and a table of tokens that is not tied, has its gradients stored as ever,
+# and learns at the end.
 #
 # ## The table of tokens
 #
@@ -496,28 +518,26 @@ class _Learning:
 # And the logits themselves? They are the largest activation, $V$ numbers for each
 # token, and a step needs them no longer than their gradient lives. So one may take 768
 # tokens at a time: their logits, losses and gradients, and then those of the next
-# 768 in the same place. The gradient of the table is a sum over all tokens, though. It
-# must then be stored, $VC$ numbers, and the table learns at the end. That is less
-# where it is less than the logits that are saved, which is the case for more than
-# $768 + C$ tokens. For fewer, all logits are there at once and the table learns at the
-# head.
+# 768 in the same place. But the gradient of the table is a sum over all tokens. It
+# must then be stored, $VC$ numbers, and the table learns at the end. With more than
+# $768 + C$ tokens that is less than the logits it saves. With fewer, all logits are
+# there at once and the table learns at the head.
 #
 # The compiled product adds up in chains of 384 tokens
 # ([chapter 2.4](../2_cpu/04_matmul.ipynb)). So two whole chains at a time give the
-# same bits. (NumPy's product has its own order; there the last bits may differ where
-# tokens are taken in parts.) The room for all logits is there still, for whoever asks for
-# them after `forward`; but a system hands out memory when it is first written
-# ([chapter 1.16](../1_by_hand/16_memory.ipynb)), and a step writes the first 768
-# rows only.
+# same bits. (NumPy's product has its own order; its last bits may differ.) The room for
+# all logits is there still, for whoever asks for them after `forward`; but a system
+# hands out memory when it is first written
+# ([chapter 1.16](../1_by_hand/16_memory.ipynb)), and a step writes 768 rows only.
 
 
 # %% who learns, and how tags=["exporti"] module="model.inbackward"
-ROWS = 768  # of the logits: two whole chains of the sums over tokens
+PART = 768  # tokens whose logits are there: two whole chains of the sums
 
 
 def _at_once(cfg, tokens):
-    """Whether all logits take less than ROWS and the table's gradient."""
-    return tokens <= ROWS + cfg.channels
+    """Whether all logits take no more than PART's and the table's gradient."""
+    return tokens <= PART + cfg.channels
 
 
 def _head(cfg):
@@ -542,7 +562,7 @@ def _in_one_row(array):
 
 # %% the layout of its memory tags=["export"] module="model.inbackward"
 def in_backward_layout(cfg, layout):
-    """The layout of a model's memory, with gradients for what is no matrix.
+    """The layout of a model's memory, without gradients of what learns at once.
 
     cfg: of the model. layout: as gpt2_layout gives it.
     """
@@ -565,15 +585,15 @@ def in_backward_layout(cfg, layout):
 
 # %% learn while going back tags=["export"] module="model.inbackward"
 class InBackward(GPT2):
-    """A model, of any architecture, that stores no matrix's gradient.
+    """A model, of any architecture, whose matrices learn while it goes back.
 
-    It learns as GPT2 does, to the bit (with NumPy's layers: as long as a
-    batch has no more than 768 tokens and channels), by `step` alone and
-    without clipping: a matrix learns as soon as its gradient is made. cfg,
+    It learns as GPT2 does, to the bit (with NumPy's layers if a batch has at
+    most 768 + channels tokens), by `step` alone and without clipping. cfg,
     batch_size, seq_len, backend, precision, seed: as for GPT2, on the host.
-    grads has the gradients of what is no matrix, and after a step a table's
-    if it did not learn at once. backward, update and clip_gradients raise
-    RuntimeError, for they need all gradients.
+    grads has the gradients of what does not learn at once: all but the
+    blocks' matrices and, in such a batch, the table of the logits.
+    backward, update and clip_gradients raise RuntimeError, for they need
+    all gradients.
     """
 
     backends = HOSTS
@@ -593,9 +613,8 @@ class InBackward(GPT2):
         groups = [memory[group][name] for group in ("m", "v", "squares")]
         factors, last = memory["factors"][name], ()
         if x.stacked:
-            return [
-                Learner(*own, factors) for own in zip(*groups, strict=True)
-            ]
+            blocks = zip(*groups, strict=True)
+            return [Learner(*own, factors) for own in blocks]
         if name == "wte":
             last = memory["places"]["aside"], self._few
         return Learner(*groups, factors, *last)
@@ -632,7 +651,7 @@ class InBackward(GPT2):
         every = {name: self._acts[name] for name in names} | {"dln": dln}
         every["targets"] = self._batch["targets"]
         tokens, V = every["targets"].size, self.cfg.vocab_size
-        rows = tokens if _at_once(self.cfg, tokens) else ROWS
+        rows = tokens if _at_once(self.cfg, tokens) else PART
         if rows < tokens:
             every = {name: _in_one_row(x) for name, x in every.items()}
         for first in range(0, tokens, rows):
@@ -696,10 +715,10 @@ class InBackward(GPT2):
 # ## Proof
 #
 # Not a tolerance this time: after three steps of either model the losses and
-# every parameter must be the same bits. Only the norm has one, for its squares are
-# added in another order. With GPT-2 and with a tied Llama, and with weight decay on
-# all tensors or on some, as the lines say. A batch of 816 tokens has its logits
-# in two parts, one of 48 all at once:
+# every parameter must be the same bits. Only the norm has one, for the squares of a row
+# are added up in float32. With GPT-2 and with a tied Llama, and with weight decay on
+# all tensors or on some, as the lines say. A batch of 816 tokens has its logits in two
+# parts; a batch of 48, all at once:
 
 # %% the same bits
 gpt2 = llmnb.GPT2Config(
@@ -734,8 +753,8 @@ for name, cfg in ("GPT-2", gpt2), ("Llama", llama):
 
 # %% [markdown]
 # A mistake that is easy to make: to let the whole table learn at the head. The rows of
-# the batch's tokens then learn from one half of their gradient. Only the losses of
-# later steps give it away.
+# the batch's tokens then learn twice, each time from a part of their gradient. The first
+# loss is right all the same; the norm and all later losses are not.
 
 
 # %% a mistake, caught
@@ -754,7 +773,7 @@ verdict("none set aside", losses[1:] != want[1:], "caught")
 # ## Count it
 #
 # With $P$ parameters training holds $4P$ numbers besides activations. Now it is $3P$ and
-# the gradients of what is no matrix: of SmolLM2 on 256 tokens
+# a few gradients: for SmolLM2, which is tied, on 256 tokens
 
 # %% numbers held
 smollm2 = llmnb.PRESETS["smollm2-135m"]
@@ -770,8 +789,7 @@ print(f"{4 * rest / 1e6:.2f} MB for the gradients of norms")
 print(f"{4 * few / 1e6:.2f} MB for those of the batch's rows of the table")
 
 # %% [markdown]
-# `tests/record_lora.py` asked the system for the peak of a process that
-# fine-tunes it on 256 tokens at a time, in the three ways that you know now:
+# `tests/record_lora.py` asked the system for the peak of a process that fine-tunes it:
 
 # %% measured
 measured = json.loads(Path("../../book/lora.json").read_text("utf-8"))
@@ -785,9 +803,8 @@ verdict("SmolLM2, losses", same, "the bits of the whole")
 
 # %% [markdown]
 # `llmnb train --in-backward --clip 0` makes a run of it, which can be stopped and
-# resumed as any other. It gives the weights of the run without `--in-backward`, to
-# the bit. Its validations run `forward`, which writes all logits: where a step takes
-# them in parts, they take their whole room again.
+# resumed as any other, and gives the weights of the run without it, to the bit. (Its
+# validations write all logits, which then take their whole room.)
 #
 # `llmnb bench --in-backward` lets such a model race with the plain one and with
 # PyTorch. Here GPT-2 124M learns from 4 rows of 64 tokens, and from one of 1,024
@@ -799,12 +816,13 @@ for contest in json.loads(path.read_text("utf-8"))["contests"]:
     print(contest["name"])
     for row in contest["contestants"]:
         ms, size = 1e3 * row["step_seconds"], row["memory_bytes"] / 1e6
-        print(f"  {row['name']:<24}{size:6,.0f} MB{ms:8,.0f} ms a step")
+        low, *_, high = (1e3 * x for x in sorted(row["seconds"]))
+        print(f"  {row['name']:<24}{size:6,.0f} MB{ms:8,.0f} ms a step, "
+              f"{low:,.0f} to {high:,.0f}")  # fmt: skip
 
 # %% [markdown]
 # A fifth of the memory is gone, with 1,024 tokens a sixth. The times differ by less than
-# the rounds of the race do: what the update no longer takes, the products take longer
-# where memory is fast; where it is slow something is left over.
+# the rounds of the race do: the products take longer by about what the update took.
 
 # %% what is held, and when tags=["hide-input"]
 tensors = [x for x in table if x.stacked]
@@ -831,15 +849,13 @@ plt.show()
 # *Figure 5.11.1. Gradients that SmolLM2 has stored as it goes back through its 30
 # blocks. All of them come to 538 MB; where matrices learn at once it is less than one.*
 #
-# The process shrank by what was counted. LoRA takes less still, for it needs no
-# averages of the frozen weights either, but at the same rate of learning it has learnt
-# less after three steps.
+# The process shrank by what was counted. LoRA takes less still, for frozen weights need
+# no averages, but at the same rate of learning it has learnt less after three steps.
 #
 # ## What it does not do
 #
-# It cannot clip: the first weight to learn would have to know the norm of those
-# that have not gone back yet. For the same reason it cannot drop a step whose norm
-# is a spike or no number: weights have learnt before it is known. So a long run is
+# It cannot clip, nor can it drop a step whose norm is a spike or no number: weights have
+# learnt before the norm is known. So a long run is
 # safer with clipping ([chapter 1.18](../1_by_hand/18_training.ipynb)); a short one
 # at a low rate may do without. And it cannot add up the gradients of several
 # batches, for nothing of the first would be left to add to. It runs on the CPU.
@@ -847,35 +863,19 @@ plt.show()
 # ## Take away
 #
 # - A gradient lives from the product that makes it to its update.
-# - Let the update follow at once, and it lives in a cache.
-# - A product waits for the processor and an update for memory: done together, they
-#   take less time.
+# - Let the update follow at once, and only a block of it is ever there.
+# - A product waits for the processor and an update for memory: one can hide behind the
+#   other.
 # - The same bits from $3P$ numbers instead of $4P$; no clipping, no dropped steps, no
 #   accumulation.
 #
-# ## Design note
-#
-# Could activations go the same way? What a block's backward pass has read is dead
-# too, but the forward pass writes all of them before the first is read. To hold
-# fewer, one has to compute them again, which is one more forward pass: about a third
-# more work. Only what is cheap is computed twice here, the outputs of a block's two
-# norms and of its bend ([chapter 1.16](../1_by_hand/16_memory.ipynb)). No product is.
-#
 # ## Exercises
 #
-# **1** (★). Plain gradient descent has no averages. What fraction of its memory for
-# parameters and gradients is left?
-#
-# :::{admonition} Solution to exercise 1
-# :class: dropdown
-# $2P$ numbers become $P$: a half.
-# :::
-#
-# **2** (★★). AdamW moves 28 bytes a parameter, and a machine's memory 60 GB a second; its
+# **1** (★★). AdamW moves 28 bytes a parameter, and a machine's memory 60 GB a second; its
 # cores take 530 thousand million floating-point operations a second. From how many tokens
 # on does making $dw$ take longer than its update?
 #
-# :::{admonition} Solution to exercise 2
+# :::{admonition} Solution to exercise 1
 # :class: dropdown
 # $N$ tokens are $2N$ operations for each parameter, $2N / 530$ ns; the update takes
 # $28 / 60 = 0.47$ ns. So from 124 tokens on. With fewer, memory would still be busy when the

@@ -8,7 +8,7 @@ from test_lora import CONFIGS, B, T, batch
 
 import llmnb
 from llmnb.cpu.panels import DEPTH
-from llmnb.model.inbackward import ROWS, InBackward
+from llmnb.model.inbackward import PART, InBackward
 
 KINDS = [("reference", "fp64"), ("cpu", "fp32")]
 
@@ -60,7 +60,7 @@ LOGITS = {
 @pytest.mark.parametrize("name", LOGITS)
 def test_logits_at_once_or_in_parts(name):
     """The bits of all at once, and in parts no other rows are written."""
-    assert ROWS % DEPTH == 0  # whole chains
+    assert PART % DEPTH == 0  # whole chains
     cfg, T = LOGITS[name], 300 if "parts" in name else 280
     tokens = np.random.RandomState(5).randint(0, 700, (3, 2, 3, T))
     whole, ours = llmnb.GPT2(cfg, 3, T), InBackward(cfg, 3, T)
@@ -71,8 +71,8 @@ def test_logits_at_once_or_in_parts(name):
         assert np.array_equal(ours.params[x], want), x
     logits = ours._acts["logits"].reshape(3 * T, -1)
     over = ours.memory.sizes()["block"] // logits[0].nbytes + 1
-    assert over < ROWS and logits[over:ROWS].any(axis=1).all()
-    assert logits[ROWS:].any() == ("parts" not in name)
+    assert over < PART and logits[over:PART].any(axis=1).all()
+    assert logits[PART:].any() == ("parts" not in name)
 
 
 def test_what_needs_all_gradients_is_refused():

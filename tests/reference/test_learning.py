@@ -108,3 +108,22 @@ def test_what_does_not_fit_is_refused(backend):
         with pytest.raises(ValueError, match=message):
             in_one(backend, *wrong)
         assert np.array_equal(weight, before)
+
+
+@pytest.mark.parametrize("backend", [reference, cpu])
+@pytest.mark.parametrize(
+    "aside, error, message",
+    [
+        ([0, 1, 2, 3, -1, -1], ValueError, r"in \[-1, 3\), .*, got -1 to 3"),
+        ([-2, 0, 0, 0, 0, 0], ValueError, r"in \[-1, 3\), .*, got -2 to 0"),
+        ([0, 0], ValueError, r"aside must have shape \(6,\)"),
+        ([0.0] * 6, TypeError, "aside must be int32"),
+    ],
+)
+def test_rows_that_cannot_be_set_aside(backend, aside, error, message):
+    weight, *others = problem(6, 4, 5)
+    before = weight.copy()
+    aside = np.array(aside, np.int32 if isinstance(aside[0], int) else None)
+    with pytest.raises(error, match=message):
+        in_one(backend, weight, *others, aside)
+    assert np.array_equal(weight, before)
