@@ -536,7 +536,7 @@ PART = 768  # tokens whose logits are there: two whole chains of the sums
 
 
 def _at_once(cfg, tokens):
-    """Whether all logits take no more than PART's and the table's gradient."""
+    """Whether all logits take no more than PART's with the table's gradient."""
     return tokens <= PART + cfg.channels
 
 
@@ -562,7 +562,7 @@ def _in_one_row(array):
 
 # %% the layout of its memory tags=["export"] module="model.inbackward"
 def in_backward_layout(cfg, layout):
-    """The layout of a model's memory, without gradients of what learns at once.
+    """The layout of a model's memory, with gradients of what learns later.
 
     cfg: of the model. layout: as gpt2_layout gives it.
     """
