@@ -291,10 +291,9 @@ plt.show()
 #
 # $$
 # \begin{aligned}
-# n(a,b) &\mathrel{-}= n_\text{word}, &
-# n(c,d) &\mathrel{-}= n_\text{word}, \\
-# n(a,bc) &\mathrel{+}= n_\text{word}, &
-# n(bc,d) &\mathrel{+}= n_\text{word}, & n(b,c) &= 0
+# n(a,b),\; n(c,d) &\mathrel{-}= n_\text{word} , \\
+# n(a,bc),\; n(bc,d) &\mathrel{+}= n_\text{word} , \\
+# n(b,c) &= 0
 # \end{aligned}
 # \tag{1.2.4}
 # $$

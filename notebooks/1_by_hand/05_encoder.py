@@ -208,10 +208,15 @@ print(f"one-hot matrix   {4 * B * T * Vp:>14,} bytes")
 # The chain rule sums over every output that the element reaches, and
 # $\delta_{i,j}$ leaves one channel:
 #
-# $$ dE_{v,j} = \sum_{b,t,i} dy_{b,t,i}\,
-#      \frac{\partial y_{b,t,i}}{\partial E_{v,j}}
-#    = \sum_{b,t} \delta_{v,\,x_{b,t}}\, dy_{b,t,j}
-#    = \sum_{(b,t)\,:\,x_{b,t} = v} dy_{b,t,j} . \tag{1.5.4} $$
+# $$
+# \begin{aligned}
+# dE_{v,j} &= \sum_{b,t,i} dy_{b,t,i}\,
+#      \frac{\partial y_{b,t,i}}{\partial E_{v,j}} \\
+#   &= \sum_{b,t} \delta_{v,\,x_{b,t}}\, dy_{b,t,j}
+#    = \sum_{(b,t)\,:\,x_{b,t} = v} dy_{b,t,j} .
+# \end{aligned}
+# \tag{1.5.4}
+# $$
 #
 # Row $v$ of the gradient is the sum of the rows of $dy$ at all places where
 # token $v$ stood, and a token that stands nowhere gets zero. With the $BT$
@@ -263,8 +268,8 @@ plt.show()
 #
 # $$
 # \begin{aligned}
-# dP_{t',j} &= \sum_{b,t,i} dy_{b,t,i}\, \delta_{t,t'}\, \delta_{i,j}
-#    = \sum_{b} dy_{b,t',j} & (t' &< T) , \\
+# dP_{t',j} &= \sum_{b,t,i} dy_{b,t,i}\, \delta_{t,t'}\, \delta_{i,j} \\
+#   &= \sum_{b} dy_{b,t',j} & (t' &< T) , \\
 # dP_{t',j} &= 0 & (t' &\ge T) .
 # \end{aligned}
 # \tag{1.5.5}

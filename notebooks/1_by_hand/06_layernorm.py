@@ -304,11 +304,15 @@ plt.show()
 # $-\tfrac1C\, r \sum_i d\hat x_i$. Every term has a factor $r$ now. Take it
 # outside, and write a mean over the row as a bar:
 #
-# $$ dx_j = r \Bigl( d\hat x_j - \overline{d\hat x}
-#         - \hat x_j\; \overline{d\hat x\, \hat x} \Bigr) , \qquad
-#    \overline{d\hat x} = \tfrac1C \sum_i d\hat x_i , \quad
+# $$
+# \begin{aligned}
+# dx_j &= r \Bigl( d\hat x_j - \overline{d\hat x}
+#         - \hat x_j\; \overline{d\hat x\, \hat x} \Bigr) , \\
+# \overline{d\hat x} &= \tfrac1C \sum_i d\hat x_i , \qquad
 #    \overline{d\hat x\, \hat x} = \tfrac1C \sum_i d\hat x_i\, \hat x_i .
-#    \tag{1.6.10} $$
+# \end{aligned}
+# \tag{1.6.10}
+# $$
 #
 # Read it as geometry: the gradient loses its component along the constant
 # vector (the first mean) and its component along $\hat x$ itself (the second).
@@ -409,9 +413,13 @@ verdict("the mistake", caught, "is caught")
 # \epsilon$, so the mean of $\hat x^2$, which is $\sigma^2 r^2$, is $1 -
 # \epsilon\, r^2$ and not quite 1. Now sum (1.6.10) times $\hat x_j$ over $j$:
 #
-# $$ \sum_j dx_j\, \hat x_j = r \Bigl( \sum_j d\hat x_j\, \hat x_j - 0
-#    - C\, (1 - \epsilon\, r^2)\; \overline{d\hat x\, \hat x} \Bigr)
-#    = \epsilon\, r^3 \sum_i d\hat x_i\, \hat x_i . $$
+# $$
+# \begin{aligned}
+# \sum_j dx_j\, \hat x_j &= r \Bigl( \sum_j d\hat x_j\, \hat x_j - 0
+#    - C\, (1 - \epsilon\, r^2)\; \overline{d\hat x\, \hat x} \Bigr) \\
+#   &= \epsilon\, r^3 \sum_i d\hat x_i\, \hat x_i .
+# \end{aligned}
+# $$
 
 # %% the two blind directions
 loss()  # mean and rstd of inp as it is: numerical_gradient had moved it

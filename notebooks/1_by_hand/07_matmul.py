@@ -91,8 +91,12 @@ print(f"vectors, and weights     {V * C + C * V:>13,} numbers")
 # of the token with that row, the sum of the products channel by channel,
 # plus the channel's bias, here $10$ and $20$:
 #
-# $$ 1 \cdot 1 + 2 \cdot 0 + 3 \cdot (-1) + 10 = 8 , \qquad
-#    1 \cdot 2 + 2 \cdot 1 + 3 \cdot 0 + 20 = 24 . $$
+# $$
+# \begin{aligned}
+# 1 \cdot 1 + 2 \cdot 0 + 3 \cdot (-1) + 10 &= 8 , \\
+# 1 \cdot 2 + 2 \cdot 1 + 3 \cdot 0 + 20 &= 24 .
+# \end{aligned}
+# $$
 #
 # A second token, $(0, 1, 1)$, meets the same two rows and gives $9$ and
 # $21$.
@@ -175,18 +179,26 @@ compare("added to those", y[0], [[6, 28], [8, 22]])
 # there in every output channel, with factor $W_{o,c'}$. The sum runs over all
 # outputs, and $\delta_{n,n'}$ leaves those of one token:
 #
-# $$ \frac{\partial y_{n,o}}{\partial x_{n',c'}}
-#    = \delta_{n,n'}\, W_{o,c'} , \qquad
-#    dx_{n',c'} = \sum_{n,o} dy_{n,o}\, \delta_{n,n'}\, W_{o,c'}
-#    = \sum_o dy_{n',o}\, W_{o,c'} . \tag{1.7.2} $$
+# $$
+# \begin{aligned}
+# \frac{\partial y_{n,o}}{\partial x_{n',c'}} &= \delta_{n,n'}\, W_{o,c'} , \\
+# dx_{n',c'} &= \sum_{n,o} dy_{n,o}\, \delta_{n,n'}\, W_{o,c'} \\
+#   &= \sum_o dy_{n',o}\, W_{o,c'} .
+# \end{aligned}
+# \tag{1.7.2}
+# $$
 #
 # **The weight.** $W_{o',c'}$ appears in its own output channel only, and
 # there in every token, with factor $x_{n,c'}$:
 #
-# $$ \frac{\partial y_{n,o}}{\partial W_{o',c'}}
-#    = \delta_{o,o'}\, x_{n,c'} , \qquad
-#    dW_{o',c'} = \sum_{n,o} dy_{n,o}\, \delta_{o,o'}\, x_{n,c'}
-#    = \sum_n dy_{n,o'}\, x_{n,c'} . \tag{1.7.3} $$
+# $$
+# \begin{aligned}
+# \frac{\partial y_{n,o}}{\partial W_{o',c'}} &= \delta_{o,o'}\, x_{n,c'} , \\
+# dW_{o',c'} &= \sum_{n,o} dy_{n,o}\, \delta_{o,o'}\, x_{n,c'} \\
+#   &= \sum_n dy_{n,o'}\, x_{n,c'} .
+# \end{aligned}
+# \tag{1.7.3}
+# $$
 #
 # **The bias.** $b_{o'}$ appears in the same places, with factor 1:
 #

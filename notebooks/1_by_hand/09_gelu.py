@@ -182,9 +182,14 @@ print(np.round(exact_gelu(five), 4) + 0.0)
 # its slope begins as $1 - \xi^2$, and $\tanh$ as $\xi - \xi^3/3$. Put in
 # $\xi$ from (1.9.2), whose cube begins as $(2/\pi)^{3/2} x^3$:
 #
-# $$ \tanh \xi = \xi - \frac{\xi^3}{3} + \dots = \sqrt{\tfrac2\pi}\, \Bigl(
+# $$
+# \begin{aligned}
+# \tanh \xi &= \xi - \frac{\xi^3}{3} + \dots \\
+#   &= \sqrt{\tfrac2\pi}\, \Bigl(
 #    x + \Bigl(\gamma - \frac{2}{3\pi}\Bigr) x^3 + \dots \Bigr) .
-#    \tag{1.9.5} $$
+# \end{aligned}
+# \tag{1.9.5}
+# $$
 #
 # The root before the bracket is there to make the terms in $x$ agree with
 # (1.9.3). The terms in $x^3$ agree if $\gamma = \frac{2}{3\pi} - \frac16$.
@@ -243,16 +248,27 @@ compare("tanh form", y, exact_gelu(five), tol=5e-4)
 # (1.9.2) has $x$ in two places, as a factor and inside $\xi$, so by the
 # product rule and the chain rule
 #
-# $$ \frac{dy}{dx} = \frac12 (1 + \tanh \xi) + \frac x2\,
-#    \frac{d \tanh \xi}{d\xi}\,\frac{d\xi}{dx} , \qquad
-#    \frac{d\xi}{dx} = \sqrt{\tfrac2\pi}\,(1 + 3 \gamma x^2) . \tag{1.9.6} $$
+# $$
+# \begin{aligned}
+# \frac{dy}{dx} &= \frac12 (1 + \tanh \xi) + \frac x2\,
+#    \frac{d \tanh \xi}{d\xi}\,\frac{d\xi}{dx} , \\
+# \frac{d\xi}{dx} &= \sqrt{\tfrac2\pi}\,(1 + 3 \gamma x^2) .
+# \end{aligned}
+# \tag{1.9.6}
+# $$
 #
 # The derivative in the middle is (1.9.4). Each number reaches the loss through
 # its own output and no other, so with the gradient $dy$ that later layers
 # hand us
 #
-# $$ dx = dy \cdot \frac12 \Bigl( 1 + \tanh \xi + x\,(1 - \tanh^2 \xi)\,
-#    \sqrt{\tfrac2\pi}\,(1 + 3 \gamma x^2) \Bigr) . \tag{1.9.7} $$
+# $$
+# \begin{aligned}
+# dx &= dy \cdot \frac12 \Bigl( 1 + \tanh \xi \\
+#   &\quad {} + x\,(1 - \tanh^2 \xi)\,
+#    \sqrt{\tfrac2\pi}\,(1 + 3 \gamma x^2) \Bigr) .
+# \end{aligned}
+# \tag{1.9.7}
+# $$
 #
 # **What to save.** (1.9.7) needs $x$ alone, the output of the linear layer
 # before. That is not free: it is the widest activation inside a block. Could

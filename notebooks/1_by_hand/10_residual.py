@@ -398,9 +398,13 @@ verdict("the mistake", caught, "is caught")
 # $I$: with gradients as row vectors, (1.10.3) is
 # $dx = dy + dy\, J = dy\, (I + J)$. From the last half to the first,
 #
-# $$ dx_0 = dx_{2L}\, J_{2L-1} \cdots J_1 J_0
-#    \quad\text{against}\quad
-#    dx_0 = dx_{2L}\, (I + J_{2L-1}) \cdots (I + J_1)(I + J_0) . \tag{1.10.4} $$
+# $$
+# \begin{aligned}
+# dx_0 &= dx_{2L}\, J_{2L-1} \cdots J_0 \qquad \text{against} \\
+# dx_0 &= dx_{2L}\, (I + J_{2L-1}) \cdots (I + J_0) .
+# \end{aligned}
+# \tag{1.10.4}
+# $$
 #
 # With one channel the Jacobians are plain slopes. Let each be 0.3, up or down.
 # A product of 24 such slopes has size $0.3^{24}$, about $3 \cdot 10^{-13}$:
@@ -499,9 +503,13 @@ for name, (stream, grads) in chains.items():
 # the same variance $s$; and before training, with random weights, what it adds
 # is unrelated to what is there, so variances sum:
 #
-# $$ \operatorname{Var}(x_{l+1}) \approx \operatorname{Var}(x_l) + s ,
-#    \qquad \operatorname{Var}(x_{2L}) \approx \operatorname{Var}(x_0)
-#    + 2L\, s . \tag{1.10.5} $$
+# $$
+# \begin{aligned}
+# \operatorname{Var}(x_{l+1}) &\approx \operatorname{Var}(x_l) + s , \\
+# \operatorname{Var}(x_{2L}) &\approx \operatorname{Var}(x_0) + 2L\, s .
+# \end{aligned}
+# \tag{1.10.5}
+# $$
 #
 # A late half block adds its $s$ to a stream that has gathered nearly $2Ls$ and
 # hardly changes it, the less the deeper the model. GPT-2's remedy is to draw

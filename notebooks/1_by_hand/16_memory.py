@@ -660,8 +660,13 @@ plt.show()
 #
 # The memory of a model that trains is, in numbers of four bytes,
 #
-# $$ M = 4 N + B T \left( L \cdot 10 C + 4 C + \max(V_p, 13 C) \right)
-#    + \dots \tag{1.16.2} $$
+# $$
+# \begin{aligned}
+# M &= 4 N + B T \bigl( L \cdot 10 C + 4 C \\
+#   &\quad {} + \max(V_p, 13 C) \bigr) + \dots
+# \end{aligned}
+# \tag{1.16.2}
+# $$
 #
 # with $10 C$ numbers kept for each token by each block (`residual2`, `residual3`
 # and `atty` of width $C$, `qkv` of $3C$, `fch` of $4C$) and, once for all blocks,

@@ -183,11 +183,16 @@ def shown(token):
 # With it the second follows from $\log p_i = z_i/\tau - \log Z$, since
 # $\partial p_i = p_i\, \partial \log p_i$, and the third from the second:
 #
-# $$ \frac{\partial p_i}{\partial \tau}
-#    = p_i\, \frac{\langle z \rangle - z_i}{\tau^2} , \qquad
-#    \frac{\partial \langle z \rangle}{\partial \tau}
-#    = \sum_i z_i\, p_i\, \frac{\langle z \rangle - z_i}{\tau^2}
-#    = -\frac{\operatorname{Var}(z)}{\tau^2} , \tag{1.19.5} $$
+# $$
+# \begin{aligned}
+# \frac{\partial p_i}{\partial \tau}
+#   &= p_i\, \frac{\langle z \rangle - z_i}{\tau^2} , \\
+# \frac{\partial \langle z \rangle}{\partial \tau}
+#   &= \sum_i z_i\, p_i\, \frac{\langle z \rangle - z_i}{\tau^2}
+#    = -\frac{\operatorname{Var}(z)}{\tau^2} ,
+# \end{aligned}
+# \tag{1.19.5}
+# $$
 #
 # where $\operatorname{Var}(z) = \sum_i p_i z_i^2 - \langle z \rangle^2$ is the
 # variance of the logits when tokens are drawn. Now differentiate (1.19.3). The
