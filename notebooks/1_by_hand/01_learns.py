@@ -20,8 +20,8 @@
 #
 # A [language model](../../book/glossary.md#term-language-model) answers one
 # question: given the text so far, what comes next? It answers with a
-# probability for each thing that might. GPT-2 looks at a thousand places of
-# text; the model of this chapter looks at one letter, and learns as GPT-2
+# probability for each thing that might. GPT-2 looks at the last thousand pieces
+# of text; the model of this chapter looks at one letter, and learns as GPT-2
 # does. At the end of this chapter you can
 #
 # - say what a loss is, and in which unit;
@@ -257,9 +257,13 @@ plt.show()
 # is 1. The last step was $\ell = -\log p_y$, in which no other probability
 # appears. So
 #
-# $$ dp_y = \frac{\partial \ell}{\partial p_y} = -\frac{1}{p_y} , \qquad
-#    dp_i = \frac{\partial \ell}{\partial p_i} = 0 \quad (i \ne y) .
-#    \tag{1.1.4} $$
+# $$
+# \begin{aligned}
+# dp_y &= \frac{\partial \ell}{\partial p_y} = -\frac{1}{p_y} , \\
+# dp_i &= \frac{\partial \ell}{\partial p_i} = 0 \quad (i \ne y) .
+# \end{aligned}
+# \tag{1.1.4}
+# $$
 #
 # Hand that down to the step before, the softmax. The logit $z_j$ stands in the
 # sum below the line of every $p_i$, and above the line of one of them, $p_j$.
@@ -285,9 +289,14 @@ plt.show()
 # The logit $z_j$ acts on the loss through all probabilities. What comes down
 # these ways adds up, and by (1.1.4) one way only carries anything, $i = y$:
 #
-# $$ dz_j = \sum_i dp_i\, \frac{\partial p_i}{\partial z_j}
-#    = -\frac{1}{p_y}\, p_y\, (\delta_{yj} - p_j)
-#    = p_j - \delta_{yj} . \tag{1.1.6} $$
+# $$
+# \begin{aligned}
+# dz_j &= \sum_i dp_i\, \frac{\partial p_i}{\partial z_j} \\
+#   &= -\frac{1}{p_y}\, p_y\, (\delta_{yj} - p_j)
+#    = p_j - \delta_{yj} .
+# \end{aligned}
+# \tag{1.1.6}
+# $$
 #
 # What is left is the probability that the model gave, minus 1 for the letter
 # that came. A step against it pushes down the logits of letters that did not

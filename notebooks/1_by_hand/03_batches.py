@@ -31,8 +31,8 @@ from llmnb.book.diagram import PALETTE, gpt2_diagram
 gpt2_diagram(lit="batches")
 
 # %% [markdown]
-# *Figure 1.3.1. The box after the tokens. What leaves it has the shape that
-# all later layers expect: $B$ rows of $T$ tokens.*
+# *Figure 1.3.1. The box after the tokens. What leaves it are $B$ rows of $T$
+# tokens; these two axes stay with all later layers.*
 #
 # At the end you can
 #
@@ -183,9 +183,12 @@ print(training.shape, validation.shape)
 # at its place $t$
 #
 # $$
-# \mathrm{token}_{j,t} = \mathrm{row}_{\,jT + t}, \qquad
-# \mathrm{target}_{j,t} = \mathrm{row}_{\,jT + t + 1},
-# \qquad 0 \le t < T . \tag{1.3.1}
+# \begin{aligned}
+# \mathrm{token}_{j,t} &= \mathrm{row}_{\,jT + t} , \\
+# \mathrm{target}_{j,t} &= \mathrm{row}_{\,jT + t + 1}
+#    \qquad (0 \le t < T) .
+# \end{aligned}
+# \tag{1.3.1}
 # $$
 #
 # The last target of a window is the first token of the next. So windows cost
@@ -193,9 +196,10 @@ print(training.shape, validation.shape)
 # nobody's target, hence the $-1$ in the count:
 #
 # $$
-# \text{windows} = \Bigl\lfloor \frac{\text{tokens} - 1}{T} \Bigr\rfloor,
-# \qquad
-# \text{batches} = \Bigl\lfloor \frac{\text{windows}}{B} \Bigr\rfloor .
+# \begin{aligned}
+# \text{windows} &= \Bigl\lfloor \frac{\text{tokens} - 1}{T} \Bigr\rfloor , \\
+# \text{batches} &= \Bigl\lfloor \frac{\text{windows}}{B} \Bigr\rfloor .
+# \end{aligned}
 # \tag{1.3.2}
 # $$
 #

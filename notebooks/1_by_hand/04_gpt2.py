@@ -142,7 +142,7 @@ plt.show()
 # token uses; it makes the largest product of the model a round size, which
 # suits hardware, and we shall see to it that these rows get no probability.
 #
-# The class below holds the five. Four names (`family`, `norm`, `feedforward`,
+# The next class holds the five. Four names (`family`, `norm`, `feedforward`,
 # `bias`) say of what a block is made, and `num_kv_heads` counts the heads that
 # have a k and a v of their own. For GPT-2 they are fixed, and you can pass
 # them over: they leave room for models whose blocks differ ([chapter

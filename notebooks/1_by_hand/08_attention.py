@@ -76,8 +76,12 @@ from llmnb.shapes import shapes
 # give $0.2483, 0.2483, 0.5035$. The output is the mean of the values with
 # these weights,
 #
-# $$ 0.2483\,(1, 0) + 0.2483\,(0, 1) + 0.5035\,(2, 2)
-#    \approx (1.2552, 1.2552) . $$
+# $$
+# \begin{aligned}
+# &0.2483\,(1, 0) + 0.2483\,(0, 1) + 0.5035\,(2, 2) \\
+# &\approx (1.2552, 1.2552) .
+# \end{aligned}
+# $$
 #
 # Position 1 may look at positions 0 and 1 only. Its scores are $0$ and
 # $1.4142$, its weights $0.1956$ and $0.8044$. Position 0 sees nobody but
@@ -251,10 +255,15 @@ for name, scores in (("plain", dots), ("scaled", dots / 8)):
 # exponential overflows. The logarithm of the denominator, computed in this
 # way, is the row's *log-sum-exp*,
 #
-# $$ \operatorname{lse}_t = \log \sum_{u \le t} e^{s_{tu}}
-#    = \max_{w \le t} s_{tw} + \log \sum_{u \le t}
-#      e^{s_{tu} - \max_w s_{tw}} , \qquad
-#    a_{tu} = e^{s_{tu} - \operatorname{lse}_t} . \tag{1.8.4} $$
+# $$
+# \begin{aligned}
+# \operatorname{lse}_t &= \log \sum_{u \le t} e^{s_{tu}} \\
+#   &= \max_{w \le t} s_{tw} + \log \sum_{u \le t}
+#      e^{s_{tu} - \max_w s_{tw}} , \\
+# a_{tu} &= e^{s_{tu} - \operatorname{lse}_t} .
+# \end{aligned}
+# \tag{1.8.4}
+# $$
 #
 # One number a row turns a score into its weight. In the code a score of the
 # future is $-\infty$, and its exponential 0, as (1.8.2) wants it.
@@ -338,22 +347,31 @@ compare("by hand", out[0], weights @ v, tol=1e-12)
 # This is (1.1.5) in the letters of this chapter. Now sum over the weights of
 # the row. The first term leaves $w = u$ alone, and $a_{tu}$ stands in both:
 #
-# $$ ds_{tu} = \sum_{w \le t} da_{tw}\, a_{tw}\, (\delta_{wu} - a_{tu})
-#    = a_{tu} \Bigl( da_{tu} - \sum_{w \le t} a_{tw}\, da_{tw} \Bigr) .
-#    \tag{1.8.8} $$
+# $$
+# \begin{aligned}
+# ds_{tu} &= \sum_{w \le t} da_{tw}\, a_{tw}\, (\delta_{wu} - a_{tu}) \\
+#   &= a_{tu} \Bigl( da_{tu} - \sum_{w \le t} a_{tw}\, da_{tw} \Bigr) .
+# \end{aligned}
+# \tag{1.8.8}
+# $$
 #
 # Where one weight is 1, the others are 0, the inner sum is its own $da$, and
 # no score of the row has a gradient: that is where a missing root would lead.
 #
-# A program that follows the left-hand sum as it stands forms the matrix
-# (1.8.7) of every row, $t^2$ numbers, and takes $\sum_t t^2 \approx T^3/3$
-# steps. On the right the inner sum no longer depends on $u$: one number a row,
-# taken once, and $T^2$ steps in all. That sum shrinks once more. Put in
+# A program that follows the first line as it stands forms the matrix (1.8.7)
+# of every row, $t^2$ numbers, and takes $\sum_t t^2 \approx T^3/3$ steps. In
+# the second the sum no longer depends on $u$: one number a row, taken once,
+# and $T^2$ steps in all. That sum shrinks once more. Put in
 # (1.8.6), change the order of the sums, and find (1.8.3) inside:
 #
-# $$ D_t = \sum_{w \le t} a_{tw}\, da_{tw}
-#    = \sum_i do_{ti} \sum_{w \le t} a_{tw}\, v_{wi}
-#    = \sum_i do_{ti}\, o_{ti} . \tag{1.8.9} $$
+# $$
+# \begin{aligned}
+# D_t &= \sum_{w \le t} a_{tw}\, da_{tw} \\
+#   &= \sum_i do_{ti} \sum_{w \le t} a_{tw}\, v_{wi}
+#    = \sum_i do_{ti}\, o_{ti} .
+# \end{aligned}
+# \tag{1.8.9}
+# $$
 #
 # So $D_t$ is a dot product of $hs$ numbers, known before any weight of the row
 # is. With (1.8.4), all that backward needs beside the layer's input and output
@@ -363,9 +381,13 @@ compare("by hand", out[0], weights @ v, tol=1e-12)
 # $s_{tu}$ with the factor $k_{ui} / \sqrt{hs}$, and $k_{ui}$ those of column
 # $u$, with the factor $q_{ti} / \sqrt{hs}$:
 #
-# $$ dq_{ti} = \frac{1}{\sqrt{hs}} \sum_{u \le t} ds_{tu}\, k_{ui} , \qquad
-#    dk_{ui} = \frac{1}{\sqrt{hs}} \sum_{t \ge u} ds_{tu}\, q_{ti} .
-#    \tag{1.8.10} $$
+# $$
+# \begin{aligned}
+# dq_{ti} &= \frac{1}{\sqrt{hs}} \sum_{u \le t} ds_{tu}\, k_{ui} , \\
+# dk_{ui} &= \frac{1}{\sqrt{hs}} \sum_{t \ge u} ds_{tu}\, q_{ti} .
+# \end{aligned}
+# \tag{1.8.10}
+# $$
 #
 # Where several heads read the same keys and values, these reach the loss
 # through each of them: $dk$ and $dv$ of a group are sums over its heads.

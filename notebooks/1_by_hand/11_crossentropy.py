@@ -156,7 +156,7 @@ print(probs[0].round(4))
 
 # %% [markdown]
 # Two equal rows, in spite of the 1000, and two padding columns of zeros,
-# although their logits were not even numbers.
+# although their logits were NaN, no numbers at all.
 #
 # ### From probabilities to a loss
 #
@@ -293,8 +293,13 @@ print(f"GPT-2: {50257**2 * 4 / 1e9:.1f} GB a row")
 # chain rule multiplies it by $dp$, and as in (1.8.8) the double loop collapses
 # to one sum for the whole row:
 #
-# $$ dz_j = \sum_i dp_i\, p_i\, (\delta_{ij} - p_j)
-#         = p_j\, \Bigl( dp_j - \sum_i p_i\, dp_i \Bigr) . \tag{1.11.8} $$
+# $$
+# \begin{aligned}
+# dz_j &= \sum_i dp_i\, p_i\, (\delta_{ij} - p_j) \\
+#   &= p_j\, \Bigl( dp_j - \sum_i p_i\, dp_i \Bigr) .
+# \end{aligned}
+# \tag{1.11.8}
+# $$
 #
 # In words: each logit hears by how much the gradient of its own probability
 # differs from the average, the average being taken with the model's own
@@ -343,9 +348,14 @@ compare("p - y", dlogits, probs - onehot, tol=1e-12)
 # If the gradient of both layers is that short, the layers may as well be one.
 # Put (1.11.1) into (1.11.5):
 #
-# $$ \ell = -\log \frac{e^{z_y}}{\sum_j e^{z_j}}
-#         = \operatorname{lse} - z_y , \qquad
-#    \operatorname{lse} = \log \sum_j e^{z_j} . \tag{1.11.10} $$
+# $$
+# \begin{aligned}
+# \ell &= -\log \frac{e^{z_y}}{\sum_j e^{z_j}}
+#    = \operatorname{lse} - z_y , \\
+# \operatorname{lse} &= \log \sum_j e^{z_j} .
+# \end{aligned}
+# \tag{1.11.10}
+# $$
 #
 # This is the log-sum-exp of chapter 1.8. With the largest logit taken out it
 # cannot overflow:

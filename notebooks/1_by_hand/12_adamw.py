@@ -95,8 +95,13 @@ print("stepped ", p - 0.1 * (m / 0.1) / np.sqrt(v / 0.001))
 # Four methods, each a few lines, will race in one valley. Its floor slopes
 # gently in one direction, and its walls are 50 times as steep:
 #
-# $$ \mathcal L(w) = \tfrac12 \sum_i \kappa_i (w_i - w^*_i)^2 , \qquad
-#    \kappa = (1, 50) , \quad w^* = (3, 1) . \tag{1.12.1} $$
+# $$
+# \begin{aligned}
+# \mathcal L(w) &= \tfrac12 \sum_i \kappa_i (w_i - w^*_i)^2 , \\
+# \kappa &= (1, 50) , \quad w^* = (3, 1) .
+# \end{aligned}
+# \tag{1.12.1}
+# $$
 #
 # The gradient is $g_i = \kappa_i (w_i - w^*_i)$, and $w^*$ is the lowest
 # point. The $\kappa_i$ are the *curvatures*; in a network the ratio of the
@@ -155,8 +160,13 @@ def momentum(w, g, state, lr, beta=0.9):
 # own: it divides by the usual size of that parameter's gradient. It keeps
 # running *means*, with weights that sum to (nearly) one,
 #
-# $$ m \leftarrow \beta_1 m + (1 - \beta_1)\, g , \qquad
-#    v \leftarrow \beta_2 v + (1 - \beta_2)\, g^2 , \tag{1.12.4} $$
+# $$
+# \begin{aligned}
+# m &\leftarrow \beta_1 m + (1 - \beta_1)\, g , \\
+# v &\leftarrow \beta_2 v + (1 - \beta_2)\, g^2 ,
+# \end{aligned}
+# \tag{1.12.4}
+# $$
 #
 # where $\beta_2$ is the larger, since a size should be steady and a direction
 # fresh. It steps by the first, divided by the root of the second:
@@ -414,8 +424,13 @@ compare("by hand", p, [0.89, 0.89], tol=1e-5)
 # 0 towards 1 over the declining part of all $S$ steps; the step after the last
 # would have 1. With $\phi$ the share of the peak that is left at the end,
 #
-# $$ \eta_s = \eta_{\max} \bigl( \phi + (1 - \phi)\, f(\rho) \bigr) ,
-#    \qquad \rho = \frac{s - 1 - S_0}{S - S_0} , \tag{1.12.13} $$
+# $$
+# \begin{aligned}
+# \eta_s &= \eta_{\max} \bigl( \phi + (1 - \phi)\, f(\rho) \bigr) , \\
+# \rho &= \frac{s - 1 - S_0}{S - S_0} ,
+# \end{aligned}
+# \tag{1.12.13}
+# $$
 #
 # where $f$ is $\tfrac12 (1 + \cos \pi \rho)$ for **cosine**, $1 - \rho$ for
 # **linear**, 1 for **constant**. The fourth, **wsd** (warm-up, stable, decay),
@@ -491,9 +506,14 @@ for kind in KINDS:
 # one vector, the **global norm**, and shortens it to a given $g_{\max}$ when
 # it is longer:
 #
-# $$ \lVert g \rVert = \sqrt{\textstyle\sum_i g_i^2} , \qquad
-#    g \leftarrow g \cdot \min \Bigl( 1,
-#    \frac{g_{\max}}{\lVert g \rVert + 10^{-6}} \Bigr) . \tag{1.12.14} $$
+# $$
+# \begin{aligned}
+# \lVert g \rVert &= \sqrt{\textstyle\sum_i g_i^2} , \\
+# g &\leftarrow g \cdot \min \Bigl( 1,
+#    \frac{g_{\max}}{\lVert g \rVert + 10^{-6}} \Bigr) .
+# \end{aligned}
+# \tag{1.12.14}
+# $$
 #
 # The direction stays. The $10^{-6}$ is PyTorch's. Squares are summed in
 # float64: the sum of 124 million of them has too many digits for a float32.
@@ -588,17 +608,20 @@ plt.show()
 # with one, it hardly notices.*
 #
 # **What runs choose.** The numbers of [chapter 1.18](18_training.ipynb) have
-# reasons, and that chapter takes three of them away to see what comes of it. A
-# $\beta_2$ of 0.95, not 0.999: $v$ looks back over $1/(1 - \beta_2) = 20$ steps
-# and not 1000, and soon forgets a spike. Warm-up over 150 of 3,000 steps: many
-# times what $v$ needs to come to rest. A clip at 1 touches spikes and the first
-# steps; later most runs have shorter gradients. A peak of $5 \cdot 10^{-3}$:
-# (1.12.5) moves a weight by little more than $\eta$ at most (a mean is no larger
-# than the root of the mean square over the same steps; $m$ looks back over ten,
-# $v$ over twenty), and first weights are of size 0.02 ([chapter
-# 1.15](15_weights.ipynb)), so four steps in one direction move a weight by its
-# own size; larger models take less. A decay of 0.1 takes half of a weight that
-# nothing renews in $\log 2 / (\eta \lambda)$ steps, here 1,386 at the peak.
+# reasons, and that chapter takes three of them away to see what comes of it.
+#
+# - A $\beta_2$ of 0.95, not 0.999: $v$ looks back over $1/(1 - \beta_2) = 20$
+#   steps and not 1000, and soon forgets a spike.
+# - Warm-up over 150 of 3,000 steps: many times what $v$ needs to come to rest.
+# - A clip at 1 touches spikes and the first steps; later most runs have shorter
+#   gradients.
+# - A peak of $5 \cdot 10^{-3}$: (1.12.5) moves a weight by little more than
+#   $\eta$ at most (a mean is no larger than the root of the mean square over the
+#   same steps; $m$ looks back over ten, $v$ over twenty). First weights are of
+#   size 0.02 ([chapter 1.15](15_weights.ipynb)), so four steps in one direction
+#   move a weight by its own size. Larger models take less.
+# - A decay of 0.1 takes half of a weight that nothing renews in
+#   $\log 2 / (\eta \lambda)$ steps, here 1,386 at the peak.
 #
 # ## Proof
 #

@@ -143,18 +143,23 @@ print("mean square", (y**2).mean())
 # weights are independent with mean 0 and variance $\sigma^2$. For a given $x$
 # the terms are independent with mean 0, so their variances add:
 #
-# $$ \operatorname{var}(y_o) = \sum_c \operatorname{var}(W_{o,c})\, x_c^2
-#    = C \sigma^2 \cdot \overline{x^2} ,
-#    \qquad \overline{x^2} = \frac1C \sum_c x_c^2 . \tag{1.15.1} $$
+# $$
+# \begin{aligned}
+# \operatorname{var}(y_o) &= \sum_c \operatorname{var}(W_{o,c})\, x_c^2
+#    = C \sigma^2 \cdot \overline{x^2} , \\
+# \overline{x^2} &= \frac1C \sum_c x_c^2 .
+# \end{aligned}
+# \tag{1.15.1}
+# $$
 #
 # The mean of $y_o$ is 0, so its variance is the mean of its square: the layer
 # multiplies the mean square by $C \sigma^2$. The next layer reads these outputs,
-# and its weights are independent of them. So a stack of $L$ such layers, each
+# and its weights are independent of them. So a stack of $l$ such layers, each
 # with $C$ inputs and outputs, multiplies it by
 #
-# $$ (C \sigma^2)^L , \tag{1.15.2} $$
+# $$ (C \sigma^2)^l , \tag{1.15.2} $$
 #
-# which vanishes or explodes with $L$ unless $\sigma = 1/\sqrt C$. The backward pass
+# which vanishes or explodes with $l$ unless $\sigma = 1/\sqrt C$. The backward pass
 # runs through the same matrices the other way, $dx_c = \sum_o W_{o,c}\, dy_o$.
 # Where $dy$ does not depend on $W$, gradients change by a factor of the same form,
 # with the number of outputs in place of $C$. The root of the mean square, or RMS,

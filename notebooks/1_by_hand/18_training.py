@@ -127,8 +127,8 @@ def unigram_entropy(train_tokens, tokens, vocab_size):
 # frequency $n_{uv} / n_u$, and $\frac{\alpha}{n_u + \alpha}$ times the shorter
 # context's answer: a context seen $\alpha$ times is trusted half, one never seen
 # not at all. Without any context, $p(v)$ is (1.18.3) with the counts raised by 1.
-# We take $\alpha = 32$; twice as much does a little better on the text below, half
-# as much worse. These tables are honest rivals: they remember all that they ever
+# We take $\alpha = 32$; twice as much does a little better on this chapter's text,
+# half as much worse. These tables are honest rivals: they remember all that they ever
 # saw, and make no mistake in counting. A transformer that ends above the trigrams
 # has learnt less from 64 tokens than a table from two.
 #
@@ -431,7 +431,7 @@ print(f"{final:.3f}  the model, on text it has not seen")
 #   cannot look for what followed the last time, two can
 #   ([chapter 1.20](20_inside.ipynb)).
 # - **3,000 steps.** Nearly six times through the text; more would be learnt by heart.
-# - **Peak 0.005.** Small models bear more than the 0.0006 of GPT-2's size, and not
+# - **Peak 0.005.** Small models bear more than the 0.0006 usual at GPT-2's size, and not
 #   any amount.
 # - **150 steps of warm-up, clip at 1, $\beta_2 = 0.95$.** AdamW's defences ([chapter
 #   1.12](12_adamw.ipynb)) against its first steps and against single bad batches.
