@@ -154,12 +154,12 @@ print("mean square", (y**2).mean())
 #
 # The mean of $y_o$ is 0, so its variance is the mean of its square: the layer
 # multiplies the mean square by $C \sigma^2$. The next layer reads these outputs,
-# and its weights are independent of them. So a stack of $l$ such layers, each
+# and its weights are independent of them. So a stack of 24 such layers, each
 # with $C$ inputs and outputs, multiplies it by
 #
-# $$ (C \sigma^2)^l , \tag{1.15.2} $$
+# $$ (C \sigma^2)^{24} , \tag{1.15.2} $$
 #
-# which vanishes or explodes with $l$ unless $\sigma = 1/\sqrt C$. The backward pass
+# which vanishes or explodes unless $\sigma$ is near $1/\sqrt C$. The backward pass
 # runs through the same matrices the other way, $dx_c = \sum_o W_{o,c}\, dy_o$.
 # Where $dy$ does not depend on $W$, gradients change by a factor of the same form,
 # with the number of outputs in place of $C$. The root of the mean square, or RMS,
@@ -222,7 +222,7 @@ plt.show()
 # of 0.02 shrinks the activations to $10^{-12}$ and one of 0.12 blows them up
 # past $10^6$; gradients do the same on their way back. With $1/\sqrt{256}$
 # both keep their size. Dots are measured, dashed lines are the root of
-# (1.15.2).*
+# (1.15.2) with the layers passed so far in the place of 24.*
 #
 # ## What 0.02 does
 #
