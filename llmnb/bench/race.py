@@ -68,7 +68,7 @@ def _environment(threads, cache=None):
         env |= {"LLMNB_CACHE": cache, "TORCHINDUCTOR_CACHE_DIR": cache}
     # a file's own folder is no place to look for modules
     env = os.environ | env | {"PYTHONSAFEPATH": "1"}
-    env.pop("GOMP_SPINCOUNT", None)  # ours would slow PyTorch: see `kernel`
+    env.pop("GOMP_SPINCOUNT", None)  # ours would slow PyTorch: see `inner`
     return env
 
 

@@ -295,7 +295,7 @@ with_threads(99, row_totals, many, x.reshape(64, -1))
 verdict("row totals", np.array_equal(one, many), "same bits, any threads")
 
 # %% [markdown]
-# ## The book's four decorators
+# ## The book's decorators
 #
 # A call of `numba.njit` has served us so far. Three things about it are
 # unpleasant in a package: it compiles at each start of Python, or keeps

@@ -25,9 +25,9 @@
 #
 # [Chapter 2.1](../2_cpu/01_compile.ipynb) compiled a loop with `numba.njit`,
 # and spread one over threads with `prange`. All layers of this book are
-# compiled by four decorators instead, which this chapter builds:
+# compiled by three decorators and a function instead, which this chapter builds:
 #
-# | decorator | the function is | who calls it |
+# | name | the function is | who calls it |
 # |---|---|---|
 # | `team` | run by all threads, each for its share | Python |
 # | `inner` | run by one thread | Python, and other kernels |
@@ -879,9 +879,8 @@ def _end(helper):
 
 
 # %% [markdown]
-# `llmnb train` starts a helper, and so does `llmnb bench --start`, which
-# measures the time from the start of a process to the end of its first step.
-# Here is a first step of a small model in a new process with an empty folder,
+# `llmnb train` starts a helper, and so does every process of ours that
+# `llmnb bench` times on the `cpu` backend. Here is a first step of a small model in a new process with an empty folder,
 # alone and with a helper.
 
 # %% the first step of a process

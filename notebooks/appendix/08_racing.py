@@ -21,8 +21,8 @@
 # %% [markdown]
 # ## Where we are
 #
-# PyTorch takes some time for the same step, and llm.c takes some. This chapter
-# builds the race between them. At its end you can
+# Chapter 2.8 says what a training step takes. This chapter lets it race against
+# those of PyTorch and of llm.c. At its end you can
 #
 # - compare two programs so that the machine's moods cancel;
 # - give a program its turns from outside, even one that takes no orders;
@@ -124,8 +124,8 @@ def peak_memory(pid="self"):
 # anew with each program, so we read that where it exists.
 #
 # `serve` is the contestant's side of the conversation. It answers each line
-# `step`, with the seconds to fill, with a line of JSON, and any other line
-# with the facts it has gathered. It also watches itself sleep: a library whose threads spin while
+# `step SECONDS` with a line of JSON, and any other line with the facts it has
+# gathered. It also watches itself sleep: a library whose threads spin while
 # they wait takes time from the program whose turn it is. So it reports the
 # processor time that a wait cost, all threads together.
 
@@ -756,7 +756,7 @@ def main(argv=None):
 # library sets it, because a setting that puts threads to sleep at once slows
 # the program it is meant for: GNU's OpenMP, which PyTorch uses, lets a thread
 # spin for some milliseconds before it sleeps; numba's sleep sooner, because
-# `kernel` of [chapter 1.5](../1_by_hand/05_encoder.ipynb) says so. Between two turns we
+# `inner` of [chapter A.4](04_kernels.ipynb) says so. Between two turns we
 # pause until the threads of the last contestant are asleep. The processor
 # time of a wait is written down with the results, so you can see that the
 # pause is long enough.
@@ -819,7 +819,7 @@ def _environment(threads, cache=None):
         env |= {"LLMNB_CACHE": cache, "TORCHINDUCTOR_CACHE_DIR": cache}
     # a file's own folder is no place to look for modules
     env = os.environ | env | {"PYTHONSAFEPATH": "1"}
-    env.pop("GOMP_SPINCOUNT", None)  # ours would slow PyTorch: see `kernel`
+    env.pop("GOMP_SPINCOUNT", None)  # ours would slow PyTorch: see `inner`
     return env
 
 
