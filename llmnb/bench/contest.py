@@ -86,9 +86,10 @@ def count(ladder, version, sizes=None):
     """Simulate a version under watch, and compare what it leaves.
 
     sizes: None for the ladder's own. Returns two things: a dict with the
-    sizes, the least bytes, the number of launches, the counts of `SEEN` and,
-    where the result is not that of the reference, wrong; and the launches,
-    as `Seen` holds them. An error of the watch is raised.
+    sizes, the least bytes, the number of launches, the counts of `SEEN`, how
+    many times the least bytes moved and, where the result is not that of the
+    reference, wrong; and the launches, as `Seen` holds them. An error of the
+    watch is raised.
 
     Derived in chapter A.7.
     """
@@ -133,12 +134,12 @@ def compiled(launches):
 
 
 # in turns on a GPU
-def in_turns(clock, runs, budget=2.0, most=50):
+def in_turns(clock, runs, budget=2.0):
     """Time each of some functions once a round; see `take_turns`.
 
     clock: a `Clock`. runs: a dict from name to a function that launches.
     budget: seconds of GPU time to spend, roughly; at least five rounds and
-    at most `most` are measured. Returns a dict from name to a list of
+    at most fifty are measured. Returns a dict from name to a list of
     seconds.
 
     Derived in chapter A.7.
@@ -146,7 +147,7 @@ def in_turns(clock, runs, budget=2.0, most=50):
     turns = {name: clock.timer(run) for name, run in runs.items()}
     once = sum(turn() for turn in turns.values())
     rounds = int(budget / max(once, 1e-9))
-    return take_turns(turns, range(min(max(rounds, 5), most)))
+    return take_turns(turns, range(min(max(rounds, 5), 50)))
 
 
 def timed(ladder, versions, sizes, arguments, clock):

@@ -30,8 +30,7 @@
 # %% [markdown]
 # ## Every version of every layer
 #
-# The chapters climbed a ladder for each layer, version by version. Here all
-# ladders hang in one table, `LADDERS`, which the benchmark reads and the tests
+# All ladders hang in one table, `LADDERS`, which the benchmark reads and the tests
 # read. A row says only what cannot be known from elsewhere: what PyTorch calls
 # the same operation, how many operations and bytes the work takes at least,
 # and what must hold between arguments. The rest follows from names, for the
@@ -39,7 +38,7 @@
 # from the layer's own line of shapes
 # ([chapter A.9](09_checks.ipynb)): which arguments it takes, and which of them
 # it writes.
-#
+
 
 # %% imports of the ladders tags=["export"] module="bench.ladders"
 import functools
@@ -546,9 +545,10 @@ def count(ladder, version, sizes=None):
     """Simulate a version under watch, and compare what it leaves.
 
     sizes: None for the ladder's own. Returns two things: a dict with the
-    sizes, the least bytes, the number of launches, the counts of `SEEN` and,
-    where the result is not that of the reference, wrong; and the launches,
-    as `Seen` holds them. An error of the watch is raised.
+    sizes, the least bytes, the number of launches, the counts of `SEEN`, how
+    many times the least bytes moved and, where the result is not that of the
+    reference, wrong; and the launches, as `Seen` holds them. An error of the
+    watch is raised.
     """
     sizes = ladder.few(sizes or ladder.counted)
     with watch() as seen:
@@ -589,18 +589,18 @@ def compiled(launches):
 
 
 # %% in turns on a GPU tags=["export"] module="bench.contest"
-def in_turns(clock, runs, budget=2.0, most=50):
+def in_turns(clock, runs, budget=2.0):
     """Time each of some functions once a round; see `take_turns`.
 
     clock: a `Clock`. runs: a dict from name to a function that launches.
     budget: seconds of GPU time to spend, roughly; at least five rounds and
-    at most `most` are measured. Returns a dict from name to a list of
+    at most fifty are measured. Returns a dict from name to a list of
     seconds.
     """
     turns = {name: clock.timer(run) for name, run in runs.items()}
     once = sum(turn() for turn in turns.values())
     rounds = int(budget / max(once, 1e-9))
-    return take_turns(turns, range(min(max(rounds, 5), most)))
+    return take_turns(turns, range(min(max(rounds, 5), 50)))
 
 
 def timed(ladder, versions, sizes, arguments, clock):
@@ -716,8 +716,7 @@ from llmnb.book.verify import verdict
 ladder = ladder_named("layernorm_forward")
 for number in range(1, 1 + len(ladder.versions)):
     seen, _ = count(ladder, number, TINY)
-    moved = 32 * seen["sectors"] / seen["least_bytes"]
-    print(f"{number}: {moved:.2f} times the least bytes moved")
+    print(f"{number}: {seen['moved']:.2f} times the least bytes moved")
     verdict(f"version {number}", "wrong" not in seen, "is right")
 
 
