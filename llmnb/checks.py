@@ -3,7 +3,7 @@
 """Checks of arrays, tokens and room, whose errors name what is wrong."""
 
 __all__ = [
-    "FLOATS", "INTS", "LIMITS", "SMALLER", "check_array", "check_fit",
+    "FLOATS", "GROUP_FILES", "INTS", "SMALLER", "check_array", "check_fit",
     "check_room", "check_tokens", "free_memory",
 ]
 
@@ -88,7 +88,7 @@ from pathlib import Path
 
 
 # what the system has
-LIMITS = {
+GROUP_FILES = {
     "memory.max": "memory.current",  # version 2 of control groups
     "memory.limit_in_bytes": "memory.usage_in_bytes",  # version 1
 }
@@ -135,7 +135,7 @@ def _groups(root):
 
 def _room(folder, swap):
     """What is left of a group's limit; infinite where there is none."""
-    for most, used in LIMITS.items():
+    for most, used in GROUP_FILES.items():
         with suppress(OSError, ValueError):  # no such file, or "max"
             left = _difference(folder, most, used)
             stat = _numbers(folder / "memory.stat")

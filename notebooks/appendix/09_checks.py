@@ -137,7 +137,7 @@ except ValueError as error:
     print(error)
 
 # %% [markdown]
-# A layer has up to ten arrays, and what must fit is how their shapes hang
+# A layer has up to nine arrays, and what must fit is how their shapes hang
 # together: the $C$ of one is the $C$ of another. We say that where we say
 # what the layer takes, in a line above it:
 #
@@ -466,7 +466,7 @@ from contextlib import suppress
 from pathlib import Path
 
 # %% what the system has tags=["export"] module="checks"
-LIMITS = {
+GROUP_FILES = {
     "memory.max": "memory.current",  # version 2 of control groups
     "memory.limit_in_bytes": "memory.usage_in_bytes",  # version 1
 }
@@ -511,7 +511,7 @@ def _groups(root):
 
 def _room(folder, swap):
     """What is left of a group's limit; infinite where there is none."""
-    for most, used in LIMITS.items():
+    for most, used in GROUP_FILES.items():
         with suppress(OSError, ValueError):  # no such file, or "max"
             left = _difference(folder, most, used)
             stat = _numbers(folder / "memory.stat")
