@@ -287,8 +287,8 @@ def check_undefined(modules):
 # each room's docstring, from the ground up: a room uses those before it, and
 # its neighbours on its own level
 ROOMS = {
-    "book": "What readers of a chapter see, and how the book is built.",
     "gpu": "The machine under `llmnb.cuda`: simulator, launch, PTX, graphs.",
+    "book": "What readers of a chapter see, and how the book is built.",
     "reference": "The layers in NumPy, forward and backward.",
     "cpu": "The layers compiled by numba for the processor's cores.",
     "cuda": "The layers as kernels for a GPU, or for the simulator.",
@@ -468,7 +468,7 @@ PARTS = {
     "2_cpu": "Part 2: on a CPU",
     "3_gpu": "Part 3: on a GPU",
     "4_practice": "Part 4: in practice",
-    "5_modern": "Part 5: modern models",
+    "5_modern": "Part 5: since GPT-2",
     "6_machines": "Part 6: many machines",
     APPENDIX: "Appendix",
 }
@@ -548,7 +548,7 @@ API_INDEX = """\
 The package is light to import: `import llmnb` compiles nothing, and a module
 is loaded when it is first used. `llmnb.GPT2`, `llmnb.GPT2Config` and
 `llmnb.tokenizer` are where most programs begin. The rooms below are in order:
-each uses those before it.
+each uses those before it, and its neighbours.
 
 Every docstring names the chapter that derives its function, and *[source]*
 beside a name shows the code as the package holds it, with the chapter's cell

@@ -42,7 +42,7 @@
 # program that runs are two texts, and they drift apart. Knuth's answer was to
 # write one text from which both are made, and he called it *literate
 # programming*. This book does the same with Python's means. A chapter is a
-# notebook; cells with the tag `export` are the package. This last chapter
+# notebook; cells with the tag `export` are the package. This chapter
 # derives the program that does it. A *colophon* is the note at the end of a
 # book that says how it was made, and this one exports itself. At its end you
 # can
@@ -442,8 +442,8 @@ def check_undefined(modules):
 # each room's docstring, from the ground up: a room uses those before it, and
 # its neighbours on its own level
 ROOMS = {
-    "book": "What readers of a chapter see, and how the book is built.",
     "gpu": "The machine under `llmnb.cuda`: simulator, launch, PTX, graphs.",
+    "book": "What readers of a chapter see, and how the book is built.",
     "reference": "The layers in NumPy, forward and backward.",
     "cpu": "The layers compiled by numba for the processor's cores.",
     "cuda": "The layers as kernels for a GPU, or for the simulator.",
@@ -657,7 +657,7 @@ PARTS = {
     "2_cpu": "Part 2: on a CPU",
     "3_gpu": "Part 3: on a GPU",
     "4_practice": "Part 4: in practice",
-    "5_modern": "Part 5: modern models",
+    "5_modern": "Part 5: since GPT-2",
     "6_machines": "Part 6: many machines",
     APPENDIX: "Appendix",
 }
@@ -737,7 +737,7 @@ API_INDEX = """\
 The package is light to import: `import llmnb` compiles nothing, and a module
 is loaded when it is first used. `llmnb.GPT2`, `llmnb.GPT2Config` and
 `llmnb.tokenizer` are where most programs begin. The rooms below are in order:
-each uses those before it.
+each uses those before it, and its neighbours.
 
 Every docstring names the chapter that derives its function, and *[source]*
 beside a name shows the code as the package holds it, with the chapter's cell
@@ -770,8 +770,8 @@ def write_text(path, text):
 
 
 # %% [markdown]
-# `llmnb.reference` and `llmnb.cpu` gather what their modules export, so that
-# the model can ask either for `layernorm_forward`. The index records for each
+# The rooms of the backends gather what their modules export, so that the model
+# can ask each for `layernorm_forward`. The index records for each
 # chapter what it gave; the last cell of every chapter shows it.
 #
 # Writing touches a file only when its text has changed, and the check reports
