@@ -25,9 +25,10 @@ POSTER = ROOT / "book" / "poster.pdf"
 
 
 def page_code(text):
-    """The code of a module: no docstrings, no `__all__`, no comments.
+    """The code of a module: no docstrings, no `__all__`.
 
-    Returns lines; functions are parted by one blank line.
+    Returns lines; functions are parted by one blank line. A comment stays if
+    it is within a function, or ends a line.
     """
     lines = text.splitlines()
     kept = []

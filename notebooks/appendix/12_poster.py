@@ -51,7 +51,7 @@ from llmnb.book.diagram import PALETTE, draw_arrow, draw_rounded
 # Two lines run from the top to the bottom: the stream, and its gradient. Each half
 # block is a loop that leaves the stream to the right and comes back to it further
 # down. A road of the loop has two lanes, one for the array and one for its gradient,
-# which runs the other way. One unit of length is a millimetre of the printed sheet.
+# which runs the other way. A unit of length is about a millimetre of the printed sheet.
 
 # %% places tags=["exporti"]
 FORWARD, BACK = PALETTE["ink"], PALETTE["orange"]
@@ -325,9 +325,10 @@ POSTER = ROOT / "book" / "poster.pdf"
 
 
 def page_code(text):
-    """The code of a module: no docstrings, no `__all__`, no comments.
+    """The code of a module: no docstrings, no `__all__`.
 
-    Returns lines; functions are parted by one blank line.
+    Returns lines; functions are parted by one blank line. A comment stays if
+    it is within a function, or ends a line.
     """
     lines = text.splitlines()
     kept = []
