@@ -24,7 +24,7 @@
 #
 # The first weights of a model are random
 # ([chapter 1.15](../1_by_hand/15_weights.ipynb)). NumPy would draw them in
-# one line. This appendix draws them itself, for one reason: a model that
+# one line. This chapter draws them itself, for one reason: a model that
 # begins with the very weights that PyTorch's begins with can be compared with
 # it number by number, from nothing but a seed. At its end you can
 #

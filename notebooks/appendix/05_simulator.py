@@ -193,7 +193,8 @@ class _Block:
 # %% [markdown]
 # One thread runs at a time. `_now` says which, and an object `cuda`, of
 # which more soon, tells the kernel where it stands. `seen` will hold what
-# we count and check; until somebody asks for that it is None.
+# we count and check; until somebody asks for that it is None, and what is done
+# if it is not (`_Log`, `_Watched`, `_note`, `_filmed`) comes with the races.
 
 
 # %% the thread that runs tags=["exporti"]
@@ -467,8 +468,7 @@ def exchange(kind, mask, value, orders=False, combine=None):
 
 
 # %% [markdown]
-# An atomic addition needs no barrier. (`_Watched` is an array that checks its
-# accesses; it comes with the races.)
+# An atomic addition needs no barrier.
 
 
 # %% atomics tags=["exporti"]

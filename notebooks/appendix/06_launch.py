@@ -54,7 +54,7 @@ from llmnb.book.verify import compare
 # NVIDIA's toolkit, and any of them may be absent or of another age. Then we
 # want its name, and not "no GPU".
 #
-# All of `llmnb` asks one function for numba-cuda. Its last version looks for a
+# All of `llmnb` asks one function for numba-cuda. Its newest version looks for a
 # function of NumPy that NumPy 2.5 no longer has, an old name of `vstack`, and
 # without it compiles nothing. So the name is put back first.
 

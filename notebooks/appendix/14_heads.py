@@ -322,8 +322,8 @@ def _headnorm_forward(out, rstd, inp, qweight, kweight, NKV, eps, offset):
 
 
 # %% [markdown]
-# Backward, a warp takes every so-manieth head of its kind, queries or keys, and its
-# lanes keep their channels' sums of $dw$ in registers to the end. How many channels
+# Backward, the warps take turns at the heads of their kind, queries or keys, and a
+# warp's lanes keep their channels' sums of $dw$ in registers to the end. How many channels
 # a lane has is a constant of the kernel. Each warp then writes its sums to a row of a
 # table of its own, and a second launch adds up the table, a warp a channel: no
 # atomic operation, and one order.

@@ -855,8 +855,8 @@ def main(argv=None):
 #
 # ## Exercises
 #
-# **1** (★★). `mend_links` is given pages whose names all begin with `p-`. What would
-# it do to a link into the web that ends in `#part`, and why is it left alone?
+# **1** (★★). `mend_links` is given pages whose names all begin with `p-`. What does
+# it do to a link into the web that ends in `#part`, and why?
 #
 # :::{admonition} Solution to exercise 1
 # :class: dropdown
