@@ -189,7 +189,7 @@ def multiply_add(builder, a, b, c):
 
 # %% [markdown]
 # A kernel may be compiled with leave to add in any order, and LLVM takes it
-# where it saves a cycle: here and not there. A number must not hang on that.
+# where it saves a cycle: here and not there. A result must not depend on that.
 # What `plus` adds is fenced: it is one number to whatever is added to it.
 
 

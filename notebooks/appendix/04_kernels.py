@@ -307,8 +307,8 @@ class KernelCache(FunctionCache):
 #
 # Last, `no_cfunc_wrapper` leaves out of a kernel the entry for callers
 # written in C, which shortens compilation a little. A function that only
-# kernels call needs no entry at all, not even for Python; it is `inlined`. A
-# function that is to be called as C functions are is made by `routine`.
+# kernels call needs no entry at all, not even for Python; it is `inlined`. What
+# is called by its address, as C's functions are, is made by `routine`.
 #
 # numba makes machine code of an `inlined` function all the same, and nobody
 # runs it: its callers take the function in LLVM's language, into themselves.

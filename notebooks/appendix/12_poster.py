@@ -300,9 +300,8 @@ wiring_figure("block")
 # %% [markdown]
 # ## The page, set in type
 #
-# What is printed is the module's text without its banner, its docstrings and its
-# blank lines of spare: those are for `help`, and the sheet has a figure to explain
-# it. A pattern tells names, numbers and strings apart, Python says which names are
+# What is printed is the module's text without its banner and its docstrings: those
+# are for `help`, and the sheet has a figure to explain it. A pattern tells names, numbers and strings apart, Python says which names are
 # keywords, and in a font whose letters have one width, the place of a word follows
 # from its column.
 
