@@ -879,9 +879,9 @@ def _end(helper):
 
 
 # %% [markdown]
-# `llmnb train` starts a helper, and so does every process of ours that
-# `llmnb bench` times on the `cpu` backend. Here is a first step of a small model in a new process with an empty folder,
-# alone and with a helper.
+# `llmnb train` starts a helper, and so does each process of ours that trains in
+# `llmnb bench`. Here is a first step of a small model in a new process with an empty
+# folder, alone and with a helper.
 
 # %% the first step of a process
 FIRST_STEP = """
