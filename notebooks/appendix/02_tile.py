@@ -782,7 +782,7 @@ class Counting:
 
 
 builder = Counting()
-_transposed(builder, [None] * 16)
+columns = _transposed(builder, [None] * 16)
 
 
 # %% exercise 2, checked
