@@ -56,7 +56,7 @@ PART = 768  # tokens whose logits are there: two whole chains of the sums
 
 
 def _at_once(cfg, tokens):
-    """Whether all logits take no more than PART's with the table's gradient."""
+    """Whether all logits take no more than PART's and the table's gradient."""
     return tokens <= PART + cfg.channels
 
 
