@@ -595,8 +595,8 @@ print(f"zero dwte {fastest(p.dwte.fill, 0, runs=5) * 1e3:.2f} ms")
 #   the result is right today.
 # - A parallel loop over outputs, each summed by one thread in a fixed order,
 #   gives the same bits for any number of threads.
-# - The encoder moves bytes and hardly computes. One thread that reads whole
-#   rows is as fast as memory lets it be.
+# - The encoder moves bytes and hardly computes, so one thread that reads whole
+#   rows is hard to beat.
 
 # %% [markdown]
 # ## Design note

@@ -269,8 +269,7 @@ print(f"kernel, fast_exp    {fast * 1e3:7.2f} ms, {slow / fast:.1f} x")
 # the kernels, are a comparison, a subtraction, about 25 for `fast_exp` and an
 # addition in forward; as many in backward, with a product in place of the
 # sum. That is some 55 operations for 12 bytes, several times LayerNorm's
-# ratio, so arithmetic has its share in the time, and memory alone predicts
-# too little.
+# ratio, so arithmetic has its share in the time, beside what memory takes:
 
 # %% predicted against measured tags=["nbval-ignore-output"]
 a, b = np.ones((2, 1 << 25), np.float32)
@@ -288,6 +287,9 @@ print(f"memory alone {12 * logits.size / bandwidth * 1e3:.2f} ms", end=", ")
 print(f"measured {time * 1e3:.2f} ms")
 
 # %% [markdown]
+# A time below memory's means that logits were still in a cache from one pass
+# to the next, and that the copy ran on one thread.
+#
 # ## AdamW
 #
 # Parameters do not meet, so each thread takes a share of them, and the array

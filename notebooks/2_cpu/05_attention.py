@@ -776,10 +776,11 @@ for B, T in ((4, 64), (1, 1024)):
     race(long)
 
 # %% [markdown]
-# At 1024 positions a square takes 50 MB, and NumPy moves it through memory
-# many times. The first version has no square either, and here it is no faster:
-# what counts is that the second one computes in products of panels. At 64 positions one block holds a
-# whole head: half of its scores are computed to be set to zero.
+# At 1024 positions the squares of 12 heads take 50 MB, and NumPy moves them
+# through memory many times. The first version has no square either, and here it
+# is no faster: what counts is that the second one computes in products of
+# panels. At 64 positions one block holds a whole head: half of its scores are
+# computed to be set to zero.
 
 # %% [markdown]
 # ## Count it

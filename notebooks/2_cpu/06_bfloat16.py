@@ -72,9 +72,9 @@ rng = np.random.default_rng(16)
 #
 # where $b_{16}(u)$ is bit 16. A carry runs from the fraction into the exponent,
 # which is right: after the largest fraction comes the next power of two, and
-# after the largest number infinity. What (2.6.1) spoils is NaN, whose fraction
-# is not zero but may be in its upper half, or overflow. So a NaN is cut
-# off instead, with one bit set.
+# after the largest number infinity. What (2.6.1) spoils is NaN: its fraction is
+# not zero, but the upper half of it may be, or a carry may run out of it. So a
+# NaN is cut off instead, with one bit set.
 
 # %% imports of the rounding tags=["export"] module="reference.bfloat16"
 import numpy as np
