@@ -55,7 +55,7 @@ model = GPT2(cfg, batch_size=B, seq_len=T)
 # %% [markdown]
 # ## Where the time goes
 #
-# Chapters 1.5 to 1.12 timed their layers alone. In a training step they run
+# Chapters 2.1 to 2.5 timed their layers alone. In a training step they run
 # together, and we want to know which one to make faster next. The model
 # calls its layers through one object, its backend. `Stopwatch` stands in
 # for that object: it hands out the same functions, each wrapped so that
@@ -651,7 +651,10 @@ def bench_writers(cfg, prompt=64, count=64, settings=None):
 # [chapter 4.26](../4_practice/26_bench.ipynb) prints: a row for each contestant,
 # and a column for each of our own with its share of the other's time. *Of
 # limit* is the share of the multiply-adds that this processor reaches in a
-# loop of nothing else ([chapter A.2](../appendix/02_tile.ipynb)).
+# loop of nothing else ([chapter A.2](../appendix/02_tile.ipynb)). Where the time
+# goes is measured in other steps, in which each layer is called and nothing is
+# replayed. They take longer, so the shares, of a step of the first table, may
+# come to more than a whole.
 #
 # Here is the benchmark on this chapter's configuration, three rounds and
 # nobody to race against.
@@ -682,8 +685,8 @@ print(report(bench({"this chapter": (cfg, B, T)}, Settings(steps=3))))
 # A profiler would find the slow layer without a line of our own code. But a
 # profiler that watches Python's calls charges each of them a microsecond or
 # so, and one that samples the processor does not know where a layer begins.
-# Our layers are a few dozen calls a step, each of a millisecond: a clock
-# read before and after costs nothing that could be seen, and needs no tool.
+# Our layers are a hundred calls or so a step, most of them far longer than a
+# clock takes to read (exercise 1), and that needs no tool.
 
 # %% [markdown]
 # ## Exercises
@@ -695,8 +698,8 @@ print(report(bench({"this chapter": (cfg, B, T)}, Settings(steps=3))))
 # :::{admonition} Solution to exercise 1
 # :class: dropdown
 # A reading takes well below a microsecond, so two of them and the addition
-# spoil a layer of some fifty microseconds by a per cent. The layers of the
-# model above take longer, except the residual sum of one short row.
+# spoil a layer of some fifty microseconds by a per cent. Here a LayerNorm takes
+# half of that, and a product several times as much.
 # :::
 
 # %% exercise 1, checked
@@ -722,7 +725,7 @@ from llmnb.cpu.panels import LENGTH
 
 for n in (256, 1024):
     blocks = -(-n // LENGTH)
-    print(f"{n} tokens: {n / blocks:.0f} steps of dweight's sums in a tile")
+    print(f"{n} tokens: {n / blocks:.0f} steps a tile of dweight, on average")
 
 # %% [markdown]
 # ## What llmnb gained
