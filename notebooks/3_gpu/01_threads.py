@@ -319,7 +319,7 @@ plt.show()
 # |---|---|---|---|
 # | registers | one thread | 255 numbers a thread, 65,536 a multiprocessor | variables |
 # | local | one thread | in registers if small and indexed by constants | `cuda.local.array` |
-# | shared | one block | 48 KB a block | `cuda.shared.array` |
+# | shared | one block | 48 KB a block, more on request | `cuda.shared.array` |
 # | global | all | 80 GB | arguments of the kernel |
 
 # %% draw who sees which memory tags=["hide-input"]
@@ -393,9 +393,10 @@ simulate(reverse, 2, 64, (out, inp))
 compare("reverse", out.reshape(2, 64), inp.reshape(2, 64)[:, ::-1], tol=1e-7)
 
 # %% [markdown]
-# All threads of the block must come to the barrier. On a GPU, the others would
-# wait for ever for those that do not; the simulator says who waits where. A
-# kernel in which eight threads go home early:
+# All threads of the block must come to the barrier. Where some do not, CUDA
+# promises nothing: the others may wait for ever, or go on. The simulator
+# refuses, and says who waits where. A kernel in which eight threads go home
+# early:
 
 
 # %% a barrier that some never reach
@@ -697,8 +698,8 @@ verdict("turned", np.array_equal(out, numbers[::-1]), "the last one first")
 verdict("barriers", seen.barriers == 0, "none")
 
 # %% [markdown]
-# **3** (★★). In this kernel each thread of a warp hands its number to the next
-# by way of a board. Is it right? If not, what does it lack?
+# **3** (★★). In this kernel each thread of a warp hands its number to its
+# neighbour by way of a board. Is it right? If not, what does it lack?
 #
 #     board[t] = inp[t]
 #     value = cuda.shfl_xor_sync(FULL, inp[t], 1)
