@@ -354,8 +354,8 @@ print(
 # :::{admonition} Solution to exercise 1
 # :class: dropdown
 # Lane $k$ reads byte $4 s k$. For $s \ge 8$ no two lanes share a sector.
-# For smaller strides, no sector between the first and the last is left out,
-# and the last is number $\lfloor 4 \cdot 31 s / 32 \rfloor$.
+# For smaller strides, no sector between the first, number 0, and the last is
+# left out, and the last is number $\lfloor 4 \cdot 31 s / 32 \rfloor$.
 # :::
 
 

@@ -162,8 +162,8 @@ def encoder_forward(out, inp, wte, wpe):
 
 # %% [markdown]
 # Its plain version stays as a rung: a function with the same arguments, which
-# the model does not use and the ladder of [chapter 3.12](12_measured.ipynb)
-# will time beside it.
+# the model does not use and the ladder of
+# [chapter A.7](../appendix/07_ladders.ipynb) will time beside it.
 
 # %% imports of the rungs tags=["export"] module="bench.rungs_encoder"
 from llmnb.cuda.encoder import (
@@ -603,7 +603,7 @@ for layer in BACKWARD.values():
 # carries out by itself and which our requests do not count. A block a place
 # reads every token again and again. Buckets cost two readings of the text a
 # bucket, then each block reads little, and rows in vectors: a small part of
-# the requests, and about as many as the atomics make before they add.
+# the requests, and not twice as many as the atomics make before they add.
 #
 # ## Count it
 #

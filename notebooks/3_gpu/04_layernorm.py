@@ -25,7 +25,7 @@
 # The layer is bound by memory: about one operation a byte. New on a GPU is
 # the question which thread touches which element, because memory serves
 # a warp's 32 threads at once, in sectors of 32 bytes. The forward pass must read
-# `inp` and write `out`, 8 bytes an element, for 7 operations; the backward pass
+# `inp` and write `out`, 8 bytes an element, for 8 operations; the backward pass
 # must read `inp`, `dout` and `dinp` and write `dinp`, 16 bytes for 14 operations.
 # Every sector beyond that is waste, and the simulator counts sectors. At the end
 # of this chapter you can

@@ -417,10 +417,9 @@ except ValueError as error:
 #
 # ## Exercises
 #
-# **1** (★★). A kernel lets thread $i$ take elements $4i$ to $4i + 3$, as
-# the second kernel does, but with four plain accesses each way. For 1024 elements,
-# how many requests and how many sectors does the simulator count, against
-# the first?
+# **1** (★★). A kernel lets thread $i$ take elements $4i$ to $4i + 3$, but with
+# four plain accesses each way. For 1024 elements, how many requests and how
+# many sectors does the simulator count, against one element a thread?
 #
 # :::{admonition} Solution to exercise 1
 # :class: dropdown
@@ -428,7 +427,7 @@ except ValueError as error:
 # as often. Four times as many sectors: the lanes of a warp are 16 bytes
 # apart, so one request spreads over 512 bytes and touches 16 sectors where
 # it uses 128 bytes. The next three requests touch the same 16 again. A
-# cache may save them; the second kernel does not depend on that.
+# cache may save them; `load4` does not depend on that.
 # :::
 
 
