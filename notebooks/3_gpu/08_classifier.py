@@ -29,8 +29,8 @@
 # time. On a GPU it is the memory that decides. By NVIDIA's data sheet an H100
 # computes 67 TFLOP/s in float32 and moves 3,350 GB/s, 20 operations a byte or
 # 80 for a logit of four bytes. The forward pass needs for each logit a
-# comparison, a difference, an exponential and a sum, where the exponential is
-# a product and an instruction for $2^x$. So this chapter counts what is
+# comparison, a difference, an exponential of about a dozen instructions
+# ([chapter 3.5](05_elementwise.ipynb)) and a sum. So this chapter counts what is
 # moved. At its end you can
 #
 # - give the work of a row to a thread, a warp or a block, and say what each
@@ -127,8 +127,8 @@ def count_loss(name, run, rows, V, Vp):
 #
 # The CPU's kernel with the loop over the rows taken off: a sweep for the
 # maximum and a sweep for the sum. The model does not use this version; the
-# ladder of [chapter 3.12](12_measured.ipynb) times it beside the one that it
-# does use.
+# ladder of [chapter A.7](../appendix/07_ladders.ipynb) times it beside the one
+# that it does use.
 
 # %% imports of a thread a row tags=["export"] module="bench.rungs_crossentropy"
 import math
@@ -304,15 +304,15 @@ count_loss("a thread", loss_by_threads, 32, 125, 128)
 count_loss("a warp", loss_by_warps, 32, 125, 128)
 
 # %% [markdown]
-# The threads ask for half the bytes, because each logit is read once and not
-# twice. The sectors are far fewer than half, because each is now used whole.
+# Warps ask for half the bytes, because each logit is read once and not twice.
+# The sectors are far fewer than half, because each is now used whole.
 #
 # ## A block a row
 #
 # GPT-2's rows have 50,257 logits. A lane of the warp takes 1,571 of them one
-# after the other. And a batch of 4 x 64 positions makes 256 warps, where one
-# multiprocessor of an A100 or H100 has room for 64 (by NVIDIA's data sheet):
-# four of them would hold the batch, and the others stand idle. With 1,024
+# after the other. And a batch of 4 x 64 positions makes 256 warps, where each
+# of an H100's 132 multiprocessors has room for 64: two for each, too few to
+# have enough bytes under way ([chapter 3.2](02_sectors.ipynb)). With 1,024
 # threads a row a thread takes 50 logits, and the same batch has 8,192 warps.
 #
 # The price is that 32 warps have to agree. Their pairs pass through shared

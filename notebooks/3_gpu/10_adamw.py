@@ -134,7 +134,8 @@ verdict("rounded first", abs(early / exact - 1) > 1e-5, "errs above 1e-5")
 # A thread reads four numbers, computes, and writes three. It reads the
 # seven settings as well; all threads of a warp read the same ones, so each
 # of these requests is for one sector, which a cache holds. This version is
-# for the ladder of [chapter 3.12](12_measured.ipynb); the model uses the next.
+# for the ladder of [chapter A.7](../appendix/07_ladders.ipynb); the model uses
+# the next.
 
 # %% imports of a thread an element tags=["export"] module="bench.rungs_adamw"
 import math
