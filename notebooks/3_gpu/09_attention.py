@@ -147,11 +147,11 @@ walks = [walk(f.__name__, f, 5, 1, args) for f in (to_the_right, down)]
 moving("threads", "both walks, step by step", walks=walks)
 
 # %% [markdown]
-# *Figure 3.9.1. The scores of one head in tiles, each with the number of the
-# tile that its block owns. A block that owns queries walks to the right until
-# the diagonal, one that owns keys walks down from it. Nobody visits the empty
-# triangle, and every element of a result has one owner that sums along its
-# arrow. The small kernels do so without a softmax; a tile is one number.*
+# *Figure 3.9.1. Which block takes which tiles of the scores of one head. A block
+# that owns queries walks to the right until the diagonal, one that owns keys
+# walks down from it. Nobody visits the empty triangle, and every element of a
+# result has one owner that sums along its walk. The small kernels do so without
+# a softmax; a tile is one number.*
 #
 # A row of scores lies in 8 neighbouring lanes of a warp, and its maximum
 # is found with three exchanges. Every lane of the row keeps the row's $m$; it
@@ -203,9 +203,10 @@ moving("threads", "eight threads, step by step", walks=[steps])
 
 # %% [markdown]
 # *Figure 3.9.2. The same in small: 4 x 8 scores, each with the number of its
-# thread, and two rows of four threads. There a thread's scores stand 2 queries
-# and 4 keys apart, here 16 and 8. The eight threads of a row share a warp, so
-# that its maximum takes three exchanges and no barrier of the block.*
+# thread, and two rows of four threads. Here a thread's scores stand 2 queries
+# and 4 keys apart, in the kernel 16 and 8. There the eight threads of a row
+# share a warp, so that its maximum takes three exchanges and no barrier of the
+# block.*
 #
 # The plan of shared memory, of which a block may have 48 KB, at $hs = 64$:
 #
@@ -640,16 +641,16 @@ verdict("the race", caught, "is caught")
 # with it the last bits, would change from run to run. So we walk twice: one
 # kernel owns tiles of keys and walks down, for $dk$ and $dv$, and another
 # owns tiles of queries and walks to the right, for $dq$. The price is that
-# both take the products $S$ and $dE$ of (2.5.3): seven in all instead of
+# both take the products $S$ and $dA$ of (2.5.3): seven in all instead of
 # five. It buys that every number has one owner, which sums in one order.
 #
 # The pieces of the forward pass do the work, now for blocks of 64 threads in
 # 8 rows of 8, which take 32 queries and 32 keys ($G = 8$, $R = 4$). In the
 # first kernel the *rows* of a tile are keys and its columns queries, so its
-# scores are transposed: $E^\top$ and $dS^\top$ stand in shared memory ready
-# for $dV \mathrel{+}= E^\top dO$ and $dK \mathrel{+}= dS^\top Q$. Four tiles
+# scores are transposed: $A^\top$ and $dS^\top$ stand in shared memory ready
+# for $dV \mathrel{+}= A^\top dO$ and $dK \mathrel{+}= dS^\top Q$. Four tiles
 # of 32 rows and one of 32 x 40 weights take 39,936 bytes at $hs = 64$. The
-# weights' tile serves twice: $E^\top$ first, and once the warp has read it,
+# weights' tile serves twice: $A^\top$ first, and once the warp has read it,
 # $dS^\top$. Its rows again belong to one warp each, whose barrier is enough.
 
 
@@ -700,7 +701,7 @@ def _tile_share(R):
 
 
 # %% [markdown]
-# The walk over keys keeps half as many sums, and its
+# The walk to the right keeps half as many sums, and its
 # `launch_bounds=(64, 5)` asks the compiler to leave room for five of its blocks
 # on a multiprocessor: 65,536 registers for 320 threads are 204 each. A block
 # that owns keys walks once for each head of queries that reads them.
