@@ -49,16 +49,16 @@ from llmnb.model.tensors import parameter_count
 # %% [markdown]
 # ## What crosses the bus
 #
-# All layers have been written a third time, for a GPU, in the chapters where
-# they were derived. The two lists of calls above need no change: `ops` is
-# `llmnb.cuda`. What does change is where the memory is, and who waits for
-# whom.
+# This part has written all layers a third time. The model's calls of them need
+# no change: `ops` is `llmnb.cuda`. What does change is where the memory is, and
+# who waits for whom.
 #
 # A GPU has memory of its own. Kernels reach nothing else, and the processor
-# that runs Python, called the *host*, reaches it only by copies over a bus,
-# which is ten to a hundred times slower than either memory. A model that
-# copied its activations back and forth would do little else. So everything
-# stays on the device: parameters, gradients, AdamW's averages, activations.
+# that runs Python, called the *host*, reaches it only by copies over a bus. By
+# its data sheet an H100's moves 64 GB/s each way, a fiftieth of what its memory
+# does. A model that copied its activations back and forth would do little else.
+# So everything stays on the device: parameters, gradients, AdamW's averages,
+# activations.
 # In a step two small things go up, the batch and AdamW's numbers, and two
 # come down, the loss of each token and the norm of the gradient.
 #
@@ -82,7 +82,7 @@ print(f"stays {stays:>14,} bytes")
 # is as it was: a slice of a device's array is a view, and so are `.view` and
 # `.reshape`. Where NumPy wrote into an array, two small tools take over.
 # `put`, of chapter 1.16, copies an array of the host's to the device, and
-# `fill` is the shortest kernel of this book.
+# `fill` is a kernel.
 
 # %% imports of the model's GPU side tags=["export"] module="cuda.model"
 import os
@@ -144,10 +144,11 @@ def zeros(nbytes):
 # block's part of it.
 #
 # Two groups come on top. Some layers need scratch memory, for sums that
-# blocks of threads pass on; none needs it for longer than its own call, so
-# all share one array, as long as the longest wish. And AdamW reads its
-# numbers from memory ([chapter 1.12](../1_by_hand/12_adamw.ipynb) says why), one row of
-# them for tensors that decay and one for the others.
+# blocks of threads pass on; none needs it for longer than its own call, and the
+# norm, which has to stay, is the last to be written there. So all share one
+# array, as long as the longest wish. And AdamW reads its numbers from memory
+# ([chapter 3.10](10_adamw.ipynb) says why), one row of them for tensors that
+# decay and one for the others.
 #
 # Whose products? [Chapter 3.6](06_matmul.ipynb) has its own, and
 # [chapter 3.7](07_cublas.ipynb) hands plans to NVIDIA's cuBLASLt where that is
@@ -386,11 +387,12 @@ verdict("parameters", hasattr(gpu.params["wte"], "copy_to_host"), "on it")
 # %% [markdown]
 # ## The step as one graph
 #
-# How many launches is a step? The forward pass has a handful for each layer,
-# the backward pass more, and AdamW one for each tensor. Every launch costs
-# the host some microseconds of Python and driver, whatever its size. As long
-# as the kernels take longer than that, the queue never runs dry and nobody
-# notices. For a small model they do not, and the GPU waits for Python.
+# How many launches is a step? The forward pass has a handful for each block,
+# the backward pass more, and AdamW one for each run of tensors that decay alike.
+# Every launch costs the host some microseconds of Python and driver, whatever
+# its size. As long as the kernels take longer than that, the queue never runs
+# dry and nobody notices. For a small model they do not, and the GPU waits for
+# Python.
 #
 # But the list of launches is the same in every step: the same kernels on the
 # same addresses, because nothing in the arena ever moves. So let the driver
@@ -509,7 +511,7 @@ def _recorded(function):
 # ## Proof
 #
 # First the gradient of every tensor, against the reference in float64, with
-# weights drawn wide as above. `watch` checks each access of the simulated
+# weights drawn wide. `watch` checks each access of the simulated
 # GPU as it goes.
 
 # %% every tensor, on the device
