@@ -24,7 +24,7 @@
 # ## Where we are
 #
 # In [chapter 3.9](09_attention.ipynb) a block walked over tiles of keys, and
-# its warps handed weights to each other through shared memory. On tensor cores
+# its lanes handed weights to each other through shared memory. On tensor cores
 # they need not, for the fragments of two results side by side lie as those of
 # a left factor do (figure 3.13.1). At the end of this chapter you can
 #
@@ -751,7 +751,7 @@ verdict("the kernels", same, "round the results, and nothing else")
 
 # %% [markdown]
 # The errors of several roundings add up as squares do. The results' alone is
-# 1.5e-3 to 1.7e-3: that is the floor of whatever is stored in bfloat16, and
+# 1.5e-3 to 1.6e-3: that is the floor of whatever is stored in bfloat16, and
 # below 2e-3 it leaves little more than 1e-3 for all others together. Each of
 # the others alone brings more than that, and so all three had to go. The first
 # version of these kernels rounded all four, as the last row does. So does

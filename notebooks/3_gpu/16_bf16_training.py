@@ -789,7 +789,7 @@ verdict("it learns", half[-1] < half[0] - 1, "by more than 1")
 # ## Exercises
 #
 # **1** (★★). Around which value of a parameter does a step of 0.0003 begin to
-# be lost, if it is rounded to the nearest bfloat16? Find it by bisection.
+# be lost, if it is rounded to the nearest bfloat16?
 #
 # :::{admonition} Solution to exercise 1
 # :class: dropdown
