@@ -332,8 +332,10 @@ def _adamw_update(part, parts, address):
 
 # %% [markdown]
 # The seven factors are computed once, in Python's float64, and passed in the
-# array's dtype, so that no float64 enters the loop. PyTorch does the same. Nobody
-# takes the sum of squares here, so the compiler leaves it out.
+# array's dtype, so that no float64 enters the loop. PyTorch does the same. The
+# sum of squares that `learn` returns is for
+# [chapter 5.11](../5_modern/11_inbackward.ipynb); here nobody takes it, and the
+# compiler leaves it out.
 
 
 # %% one step of AdamW tags=["export"] module="cpu.adamw"
