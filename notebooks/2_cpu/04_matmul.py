@@ -311,7 +311,7 @@ notes = (
     (6.6, 6.1, "a block of b, 2.4 MB: third level"),
     (6.6, 5.1, "half a panel of it, 24 KB: first level"),
     (6.6, 3.4, "the tile of sums: registers"),
-    (6.6, 2.2, "all panels of a, 442 KB: second level"),
+    (6.6, 2.2, "all panels of a, 811 KB: second level"),
     (6.6, 1.0, "one line of a panel at a time: registers"),
 )
 for x, y, text in notes:
@@ -331,16 +331,17 @@ moving("tiles", "a block of the product, tile by tile", rows=4, columns=6)
 # the first level while a tile of rows passes by; the panels of rows stay in the
 # second level while all columns of the block, which wait in the third, do.*
 #
-# The sizes are of float32 and a tile 16 columns wide: panels are 768 steps
-# long, those of `a` take at most 264 rows, those of `b` at most 768 columns.
-# 768 steps are two chains of 384. A tile of `out` takes in the sums of both
-# while it is in the first level; one that came back for the second chain would
-# have to be fetched again. [Chapter A.3](../appendix/03_panels.ipynb) packs
-# such blocks from matrices that lie either way, with vectors where it can, and
-# multiplies all tiles of a block. From here on we need two of its functions:
-# `pack` writes the panels of a block, and `multiply_rows` multiplies a packed
-# block of rows with columns. It packs these a panel at a time, just before they
-# are needed, and asks memory for the next while it multiplies.
+# In float32, with a tile 16 columns wide: panels are 768 steps long, those of
+# `a` take at most 264 rows, 811 KB, those of `b` at most 768 columns, 2.4 MB.
+# 768 steps are two chains of 384, and of a panel of columns each takes 24 KB. A
+# tile of `out` takes in the sums of both while it is in the first level; one
+# that came back for the second chain would have to be fetched again.
+# [Chapter A.3](../appendix/03_panels.ipynb) packs such blocks from matrices that
+# lie either way, with vectors where it can, and multiplies all tiles of a block.
+# From here on we need two of its functions: `pack` writes the panels of a block,
+# and `multiply_rows` multiplies a packed block of rows with columns. It packs
+# these a panel at a time, just before they are needed, and asks memory for the
+# next while it multiplies.
 #
 # ## The product
 #
@@ -841,7 +842,7 @@ def sum_errors(x):
 
 # %% exercise 1, checked
 serial, eight = sum_errors(rng.random(1 << 20).astype(np.float32))
-verdict("8 lanes", eight < serial, "err less than 1")
+verdict("8 lanes", eight < serial, "err less than one sum")
 
 # %% [markdown]
 # **2** (★). On a machine of 20 operations a byte, from how many tokens on does
