@@ -324,6 +324,7 @@ RAW_TEX = r"""() => [...document.querySelectorAll("article p, article li")]
 
 # An element may be wider than the window only inside a box that scrolls, and
 # what scrolls must begin at the box's left edge, or its start is out of reach.
+# An equation scrolls nowhere: it is broken into lines that a phone holds.
 TOO_WIDE = """() => {
     const bad = [], width = document.documentElement.clientWidth;
     if (document.scrollingElement.scrollWidth > innerWidth)
@@ -345,6 +346,8 @@ TOO_WIDE = """() => {
         if (x.tagName == "MJX-MATH"
             && box.left < x.closest(".math").getBoundingClientRect().left - 1)
             bad.push("begins left of its box: " + name);
+        if (x.matches("div.math") && x.scrollWidth > x.clientWidth + 1)
+            bad.push("an equation of " + x.scrollWidth + " px: " + name);
     }
     return bad.slice(0, 10);
 }"""
