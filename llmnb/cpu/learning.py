@@ -90,9 +90,8 @@ def _multiply_block(code, x, at, rows, b, columns, fresh, ahead):
             pack(code.pack_cols, x.panels, to, b, block)
         here, sizes = moved(at, 0, c), (rows, m, columns.depth, DEPTH)
         first, row, count, wide, second, third = ahead
-        later = (
-            (columns.rows - c - 1) // COLS * down
-        )  # tiles of the next panels
+        # the tiles of the panels that follow ask for the first rows
+        later = (columns.rows - c - 1) // COLS * down
         left = max(0, count - later)
         ask = Rows(first + later * row, row, left, wide, second, third)
         multiply_panels(code.multiply, x, here, (0, to), sizes, ask)

@@ -17,14 +17,10 @@ from llmnb.shapes import shapes
 def check_aside(weight, aside, few):
     """Raise unless `aside` numbers rows of `few`, or is None."""
     if aside is not None:
-        (OC, C), names = weight.shape, ("aside", "few")
-        shapes, kinds = (
-            ((OC,), (len(few), C)),
-            (np.dtype(np.int32), weight.dtype),
-        )
-        rows = zip(names, (aside, few), shapes, kinds, strict=True)
-        for name, array, shape, kind in rows:
-            check_array(f"matmul_learn: {name}", array, shape, (kind,), True)
+        (OC, C), name = weight.shape, "matmul_learn: "
+        own, rows = (np.dtype(np.int32),), 0 if few is None else len(few)
+        check_array(f"{name}aside", aside, (OC,), own)
+        check_array(f"{name}few", few, (rows, C), (weight.dtype,), True)
         if not -1 <= aside.min() <= aside.max() < len(few):
             raise ValueError(
                 f"matmul_learn: aside must lie in [-1, {len(few)}), the rows "
