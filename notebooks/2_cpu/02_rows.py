@@ -318,8 +318,11 @@ print(f"predicted {moved / bandwidth * 1e3:.2f} ms, measured {fast * 1e3:.2f}")
 # at a time. Eight numbers at a time need a formula made of operations that
 # vector units have. Split the exponent at the powers of two:
 #
-# $$ x = n \log 2 + r , \qquad n = \lfloor x / \log 2 + \tfrac12 \rfloor ,
-#    \qquad e^x = 2^n e^r , \qquad |r| \le \tfrac12 \log 2 . \tag{2.2.1} $$
+# $$ \begin{aligned}
+#    x &= n \log 2 + r , \\
+#    n &= \lfloor x / \log 2 + \tfrac12 \rfloor , \\
+#    e^x &= 2^n e^r , \qquad |r| \le \tfrac12 \log 2 .
+#    \end{aligned} \tag{2.2.1} $$
 #
 # On this short interval the series
 # $1 + r + r^2/2! + \dots + r^7/7!$ is off by about
@@ -521,8 +524,10 @@ verdict("the largest", top_by(larger)(row) == row.max(), "is NumPy's")
 #
 # From $\tanh \xi = (e^\xi - e^{-\xi}) / (e^\xi + e^{-\xi})$ follows
 #
-# $$ \frac12 (1 + \tanh \xi) = \frac{e^\xi}{e^\xi + e^{-\xi}}
-#    = \frac{1}{1 + e^{-2\xi}} = \operatorname{sig}(2\xi) . \tag{2.2.2} $$
+# $$ \begin{aligned}
+#    \frac12 (1 + \tanh \xi) &= \frac{e^\xi}{e^\xi + e^{-\xi}} \\
+#      &= \frac{1}{1 + e^{-2\xi}} = \operatorname{sig}(2\xi) .
+#    \end{aligned} \tag{2.2.2} $$
 #
 # sig is the logistic sigmoid, and its derivative is
 # $\operatorname{sig} (1 - \operatorname{sig})$. By (1.9.2) the slope of $2\xi$
@@ -541,9 +546,10 @@ verdict("the largest", top_by(larger)(row) == row.max(), "is NumPy's")
 # it sees none in (2.2.2); for $x \le 0$ we multiply (2.2.2) above and below by
 # $e^{2\xi}$:
 #
-# $$ \operatorname{sig}(2\xi) = \frac{1}{1 + e^{-2|\xi|}} \text{ for } x > 0 ,
-#    \qquad \frac{e^{-2|\xi|}}{1 + e^{-2|\xi|}} \text{ for } x \le 0 .
-#    \tag{2.2.4} $$
+# $$ \operatorname{sig}(2\xi) = \begin{cases}
+#    \dfrac{1}{1 + e^{-2|\xi|}} & \text{for } x > 0 , \\
+#    \dfrac{e^{-2|\xi|}}{1 + e^{-2|\xi|}} & \text{for } x \le 0 .
+#    \end{cases} \tag{2.2.4} $$
 #
 # The two fractions sum to 1: where one is sig, the other is
 # $1 - \operatorname{sig}$. So in both cases

@@ -710,9 +710,11 @@ for N, C, OC in ((1024, 768, 3072), (2048, 2048, 2048)):
 # number, if each is read or written once. The quotient of its operations and
 # its bytes is the *arithmetic intensity*, in operations a byte:
 #
-# $$ I = \frac{2 N C \cdot OC}{4\,(N C + C \cdot OC + N \cdot OC)}
-#      = \frac{1}{2}\,
-#        \frac{1}{\tfrac{1}{OC} + \tfrac{1}{N} + \tfrac{1}{C}} . \tag{2.4.1} $$
+# $$ \begin{aligned}
+#    I &= \frac{2 N C \cdot OC}{4\,(N C + C \cdot OC + N \cdot OC)} \\
+#      &= \frac{1}{2}\,
+#         \frac{1}{\tfrac{1}{OC} + \tfrac{1}{N} + \tfrac{1}{C}} .
+#    \end{aligned} \tag{2.4.1} $$
 #
 # The smallest of the three sizes decides. In training $N$ is the number
 # of tokens in a batch; when the model writes text it is 1.

@@ -66,10 +66,11 @@ reference = SimpleNamespace(forward=forward_numpy, backward=backward_numpy)
 # maximum $m'$ of old and new together. All that was summed carries the
 # factor $e^{-m}$ and should carry $e^{-m'}$, so multiply it by $e^{m - m'}$:
 #
-# $$ \ell \leftarrow e^{m - m'} \ell + \sum_{u \text{ new}} e^{s_u - m'} ,
-#    \qquad
-#    \omega_i \leftarrow e^{m - m'} \omega_i
-#      + \sum_{u \text{ new}} e^{s_u - m'} v_{ui} . \tag{2.5.1} $$
+# $$ \begin{aligned}
+#    \ell &\leftarrow e^{m - m'} \ell + \sum_{u \text{ new}} e^{s_u - m'} , \\
+#    \omega_i &\leftarrow e^{m - m'} \omega_i
+#      + \sum_{u \text{ new}} e^{s_u - m'} v_{ui} .
+#    \end{aligned} \tag{2.5.1} $$
 #
 # At the end of the row
 #
@@ -536,9 +537,11 @@ def prepared(layer, arrays, rule, work, bf16):
 # For a block of rows and a block of keys, (1.8.1), (1.8.6), (1.8.5)
 # and (1.8.10) are five products:
 #
-# $$ S = Q K^\top / \sqrt{hs} , \quad dA = dO\, V^\top , \quad
-#    dV \mathrel{+}= A^\top dO , \quad dK \mathrel{+}= dS^\top Q , \quad
-#    dQ \mathrel{+}= dS\, K , \tag{2.5.3} $$
+# $$ \begin{aligned}
+#    S &= Q K^\top / \sqrt{hs} , & dA &= dO\, V^\top , \\
+#    dV &\mathrel{+}= A^\top dO , & dK &\mathrel{+}= dS^\top Q , \\
+#    dQ &\mathrel{+}= dS\, K ,
+#    \end{aligned} \tag{2.5.3} $$
 #
 # with $A = e^{S - L}$ and $dS = A \circ (dA - D) / \sqrt{hs}$ in
 # between; the scale of $S$ is applied with the exponential. A transpose costs

@@ -78,9 +78,11 @@ rng = np.random.default_rng(5)
 # columns. Ours lie by rows. But a matrix by rows and its transpose by
 # columns are the same bytes, so we ask for the transpose of every product:
 #
-# $$ y^\top = W x^\top + b\,1^\top, \qquad
-#    dx^\top = W^\top dy^\top, \qquad
-#    dW^\top = x^\top dy . \tag{3.7.1} $$
+# $$ \begin{aligned}
+#    y^\top &= W x^\top + b\,1^\top , \\
+#    dx^\top &= W^\top dy^\top , \\
+#    dW^\top &= x^\top dy .
+#    \end{aligned} \tag{3.7.1} $$
 #
 # What the library reads by columns is $W^\top$, $x^\top$ and $dy^\top$, and
 # a flag says that it should transpose one of them back. All of this can be

@@ -186,8 +186,10 @@ try_loss(loss_by_threads)
 # $s = \sum e^{z_i - m}$ of those read. Two sets of logits with the pairs
 # $(m_a, s_a)$ and $(m_b, s_b)$ have together the pair
 #
-# $$ m = \max(m_a, m_b), \qquad
-#    s = s_a\, e^{m_a - m} + s_b\, e^{m_b - m} , \tag{3.8.1} $$
+# $$ \begin{aligned}
+#    m &= \max(m_a, m_b) , \\
+#    s &= s_a\, e^{m_a - m} + s_b\, e^{m_b - m} ,
+#    \end{aligned} \tag{3.8.1} $$
 #
 # and one of the two exponentials is $e^0$. A single logit $z$ is a set too,
 # with the pair $(z, 1)$. So one function serves the sweep and the merging.

@@ -71,12 +71,12 @@ from llmnb.text.tokenizer import token_dtype
 # a **shard**: a large text is spread over several. It begins with the header
 # of [chapter 4.2](02_checkpoints.ipynb), of which three numbers are used:
 #
-# $$
+# $$ \begin{gathered}
 # \underbrace{20240520}_{\text{magic}}\;
 # \underbrace{1}_{\text{version}}\;
-# \underbrace{N}_{\text{count}}\; 0\; \dots\; 0
-# \qquad \text{size} = 1024 + 2N \text{ bytes} \tag{4.9.1}
-# $$
+# \underbrace{N}_{\text{count}}\; 0\; \dots\; 0 \\
+# \text{size} = 1024 + 2N \text{ bytes}
+# \end{gathered} \tag{4.9.1} $$
 #
 # Then come $N$ tokens of two bytes each: $V \le 65{,}536$ fits uint16, half of
 # what int32 would take. The vocabularies of

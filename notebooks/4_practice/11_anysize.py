@@ -94,8 +94,10 @@ rng = random.Random(17)
 # With $v$ tokens for validation and $s$ tokens a shard, token $t$ of the
 # stream goes to
 #
-# $$ t < v:\ \text{val shard } \lfloor t/s \rfloor, \qquad
-#    t \ge v:\ \text{train shard } \lfloor (t-v)/s \rfloor . \tag{4.11.1} $$
+# $$ \begin{aligned}
+#    t &< v:\ \text{val shard } \lfloor t/s \rfloor , \\
+#    t &\ge v:\ \text{train shard } \lfloor (t-v)/s \rfloor .
+#    \end{aligned} \tag{4.11.1} $$
 #
 # So the files depend on the stream, $v$ and $s$, and on nothing else: not on
 # the number of cores, not on how often the work was stopped. All that follows

@@ -59,9 +59,11 @@ from llmnb.train.start import new_model
 # let $\ell_{kj}$ be the loss of token $j$ of piece $k$. The mean over all
 # tokens is the mean of the pieces' means,
 #
-# $$ \mathcal L = \frac1{nM} \sum_{k=0}^{n-1} \sum_{j=0}^{M-1} \ell_{kj}
-#    = \frac1n \sum_{k=0}^{n-1} \mathcal L_k , \qquad
-#    \mathcal L_k = \frac1M \sum_{j=0}^{M-1} \ell_{kj} , \tag{4.13.1} $$
+# $$ \begin{aligned}
+#    \mathcal L &= \frac1{nM} \sum_{k=0}^{n-1} \sum_{j=0}^{M-1} \ell_{kj}
+#      = \frac1n \sum_{k=0}^{n-1} \mathcal L_k , \\
+#    \mathcal L_k &= \frac1M \sum_{j=0}^{M-1} \ell_{kj} ,
+#    \end{aligned} \tag{4.13.1} $$
 #
 # and since differentiation is linear, its gradient is the mean of theirs:
 #
@@ -84,8 +86,10 @@ from llmnb.train.start import new_model
 # those of 2 and 3, and then the two sums; two neighbouring blocks of equal
 # length $L$ become one if the first begins at a multiple of $2L$:
 #
-# $$ \bigl( (g_0 + g_1) + (g_2 + g_3) \bigr) +
-#    \bigl( (g_4 + g_5) + (g_6 + g_7) \bigr) . \tag{4.13.3} $$
+# $$ \begin{aligned}
+#      &\bigl( (g_0 + g_1) + (g_2 + g_3) \bigr) \\
+#    {}+{} &\bigl( (g_4 + g_5) + (g_6 + g_7) \bigr) .
+#    \end{aligned} \tag{4.13.3} $$
 #
 # When $n$ is no power of two, several blocks are left, and they are added
 # from right to left: of seven pieces,
@@ -359,9 +363,12 @@ def _check_finite(what, value, step=None, rate=0.0):
 #
 # and as $Q = \sum_i x_i^2 - W \mu^2$, before and after,
 #
-# $$ Q' - Q = x^2 - a^2 - W (\mu'^2 - \mu^2)
-#    = (x - a)(x + a) - W (\mu' - \mu)(\mu' + \mu)
-#    = (x - a) \bigl[ (x - \mu') + (a - \mu) \bigr] , \tag{4.13.6} $$
+# $$ \begin{aligned}
+#    Q' - Q &= x^2 - a^2 - W (\mu'^2 - \mu^2) \\
+#      &= (x - a)(x + a) \\
+#      &\qquad {} - W (\mu' - \mu)(\mu' + \mu) \\
+#      &= (x - a) \bigl[ (x - \mu') + (a - \mu) \bigr] ,
+#    \end{aligned} \tag{4.13.6} $$
 #
 # where the last step put in (4.13.5). The two sums and a ring of $W$ values
 # are all it takes. Try it on a window through which a huge loss passes:

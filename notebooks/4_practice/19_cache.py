@@ -257,8 +257,8 @@ for n in (16, 128, 1024):
 # $$ \begin{aligned}
 #    \text{out} &= \bigl(\dots\bigl((S_0 + \beta) + r\bigr) + S_1\bigr)
 #                  + \dots, \\
-#    S_b &= \operatorname{fma}(x_{k}, w_{k}, \dots
-#           \operatorname{fma}(x_1, w_1, \operatorname{fma}(x_0, w_0, 0))) .
+#    S_b &= \operatorname{fma}(x_{k}, w_{k}, \dots \\
+#        &\quad \operatorname{fma}(x_1, w_1, \operatorname{fma}(x_0, w_0, 0))) .
 #    \end{aligned} \tag{4.19.5} $$
 #
 # No thread and no tile has a part in (4.19.5): a number does not depend on where

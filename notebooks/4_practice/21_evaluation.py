@@ -62,9 +62,11 @@ from llmnb.book.verify import compare, verdict
 # text their product, 1/256. The loss is the mean of $-\log p$; the
 # **perplexity** is $e$ to the loss:
 #
-# $$ \mathcal L = -\frac1N \sum_{i=1}^{N} \log p(x_i \mid x_{<i}), \qquad
-#    \mathrm{PPL} = e^{\mathcal L}
-#    = \Bigl(\prod_i p(x_i \mid x_{<i})\Bigr)^{-1/N} . \tag{4.21.1} $$
+# $$ \begin{aligned}
+#    \mathcal L &= -\frac1N \sum_{i=1}^{N} \log p(x_i \mid x_{<i}) , \\
+#    \mathrm{PPL} &= e^{\mathcal L}
+#      = \Bigl(\prod_i p(x_i \mid x_{<i})\Bigr)^{-1/N} .
+#    \end{aligned} \tag{4.21.1} $$
 #
 # Here it is $256^{1/4} = 4$: the model is as unsure as if it had to guess
 # among four letters each time.
@@ -220,15 +222,20 @@ compare("a row alone", losses[1], next(row_losses(alone, rows[1:2])), 1e-12)
 # before it did not reach. Window $k$ covers the tokens $ks$ to $ks + T$; past
 # the first, it scores the last $s$ of its $T$:
 #
-# $$ \text{context of a scored token}: \quad T - s + 1 \ \text{to}\ T, \qquad
-#    \text{on average } T - \tfrac{s-1}{2} . \tag{4.21.3} $$
+# $$ \begin{aligned}
+#    &\text{context of a scored token}: \\
+#    &\quad T - s + 1 \ \text{to}\ T , \\
+#    &\quad \text{on average } T - \tfrac{s-1}{2} .
+#    \end{aligned} \tag{4.21.3} $$
 #
 # With $s = T$ these are the stretches, $(T+1)/2$ on average. With $s = 1$ every
 # token sees $T$. What is the price? $N$ tokens need about $N/s$ windows of $T$
 # tokens each, so
 #
-# $$ \text{cost} \approx \frac{N}{s} \cdot T \quad\text{tokens of work}: \qquad
-#    \frac{T}{s} \text{ times that of } s = T . \tag{4.21.4} $$
+# $$ \begin{aligned}
+#    \text{cost} &\approx \frac{N}{s} \cdot T \quad \text{tokens of work}: \\
+#      &\phantom{{}\approx{}} \frac{T}{s} \text{ times that of } s = T .
+#    \end{aligned} \tag{4.21.4} $$
 #
 # The half, $s = T/2$, costs twice as much and lifts the least context from one
 # token to $T/2 + 1$. It is the default here.
