@@ -318,9 +318,13 @@ for k, limit in zip(worst, (1, 2, 3), strict=True):
 # $\hat x_j$ of $x_j$, the other comes out of the bracket, and the sum over $C$
 # is a mean of the row:
 #
-# $$ dx_j = r \Bigl( d\hat x_j - \hat x_j\; \overline{d\hat x\, \hat x} \Bigr) ,
-#    \qquad \overline{d\hat x\, \hat x}
-#    = \tfrac1C \sum_i d\hat x_i\, \hat x_i . \tag{5.1.9} $$
+# $$
+# \begin{aligned}
+# dx_j &= r \Bigl( d\hat x_j - \hat x_j\; \overline{d\hat x\, \hat x} \Bigr) , \\
+# \overline{d\hat x\, \hat x} &= \tfrac1C \sum_i d\hat x_i\, \hat x_i .
+# \end{aligned}
+# \tag{5.1.9}
+# $$
 #
 # It is (1.6.10) without its first mean: the gradient loses its component along
 # $\hat x$, because a longer row gives the same output, and keeps that along the

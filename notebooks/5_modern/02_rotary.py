@@ -66,19 +66,29 @@ rng = np.random.default_rng(2)
 # Take two channels of a query, $(a, b)$, as a point in the plane, and turn it by
 # the angle $t f$: a *frequency* $f$ for each place that the text goes on.
 #
-# $$ R_t \begin{pmatrix} a \\ b \end{pmatrix}
-#    = \begin{pmatrix} \cos tf & -\sin tf \\ \sin tf & \cos tf \end{pmatrix}
-#      \begin{pmatrix} a \\ b \end{pmatrix}
-#    = \begin{pmatrix} a \cos tf - b \sin tf \\ a \sin tf + b \cos tf
-#      \end{pmatrix} . \tag{5.2.2} $$
+# $$
+# \begin{aligned}
+# R_t \begin{pmatrix} a \\ b \end{pmatrix}
+#    &= \begin{pmatrix} \cos tf & -\sin tf \\ \sin tf & \cos tf \end{pmatrix}
+#       \begin{pmatrix} a \\ b \end{pmatrix} \\
+#    &= \begin{pmatrix} a \cos tf - b \sin tf \\ a \sin tf + b \cos tf
+#       \end{pmatrix} .
+# \end{aligned}
+# \tag{5.2.2}
+# $$
 #
 # Turn the query at $t$ and the key at $u$, each by its own place. What is their
 # dot product? It needs the product $R_t^\top R_u$, row by column:
 #
-# $$ R_t^\top R_u
-#    = \begin{pmatrix} \cos tf & \sin tf \\ -\sin tf & \cos tf \end{pmatrix}
-#      \begin{pmatrix} \cos uf & -\sin uf \\ \sin uf & \cos uf \end{pmatrix} .
-#    \tag{5.2.3} $$
+# $$
+# \begin{aligned}
+# R_t^\top R_u
+#    &= \begin{pmatrix} \cos tf & \sin tf \\ -\sin tf & \cos tf \end{pmatrix} \\
+#    &\quad {} \cdot
+#       \begin{pmatrix} \cos uf & -\sin uf \\ \sin uf & \cos uf \end{pmatrix} .
+# \end{aligned}
+# \tag{5.2.3}
+# $$
 #
 # The first element is $\cos tf \cos uf + \sin tf \sin uf = \cos\,(u - t) f$, the
 # one below it $\cos tf \sin uf - \sin tf \cos uf = \sin\,(u - t) f$, by the
@@ -289,9 +299,14 @@ print("distances 7 and -7 differ:", differ)
 # weights of queries and of keys in the same way, and no dot product changes. So a
 # file of one kind becomes one of the other by a permutation of rows:
 #
-# $$ \text{row}'_{i} = \text{row}_{2i} , \qquad
-#    \text{row}'_{i + hs/2} = \text{row}_{2i + 1} , \qquad
-#    0 \le i < \tfrac{hs}{2} . \tag{5.2.6} $$
+# $$
+# \begin{aligned}
+# \text{row}'_{i} &= \text{row}_{2i} , \\
+# \text{row}'_{i + hs/2} &= \text{row}_{2i + 1} , \\
+# 0 \le i &< \tfrac{hs}{2} .
+# \end{aligned}
+# \tag{5.2.6}
+# $$
 
 
 # %% the other layout, and the way over
@@ -344,11 +359,21 @@ verdict("later ones", (off[1:] > 1e-3).all(), "are wrong, and nothing says so")
 #
 # One pair, with $(a', b')$ for what (5.2.2) makes. $a$ reaches the loss by both:
 #
-# $$ da = \frac{\partial a'}{\partial a}\, da' + \frac{\partial b'}{\partial a}\, db'
-#    = \cos tf\; da' + \sin tf\; db' , \tag{5.2.7} $$
+# $$
+# \begin{aligned}
+# da &= \frac{\partial a'}{\partial a}\, da' + \frac{\partial b'}{\partial a}\, db' \\
+#    &= \cos tf\; da' + \sin tf\; db' ,
+# \end{aligned}
+# \tag{5.2.7}
+# $$
 #
-# $$ db = \frac{\partial a'}{\partial b}\, da' + \frac{\partial b'}{\partial b}\, db'
-#    = -\sin tf\; da' + \cos tf\; db' . \tag{5.2.8} $$
+# $$
+# \begin{aligned}
+# db &= \frac{\partial a'}{\partial b}\, da' + \frac{\partial b'}{\partial b}\, db' \\
+#    &= -\sin tf\; da' + \cos tf\; db' .
+# \end{aligned}
+# \tag{5.2.8}
+# $$
 #
 # The matrix of these two is that of (5.2.2) with rows and columns exchanged,
 # $R_t^\top$, and by (5.2.4) with $u = 0$ that is $R_{-t}$: **the gradient is turned
@@ -522,9 +547,14 @@ plt.show()
 # times. More than $\beta$ times: leave it. Fewer than $\alpha$: divide. In between
 # blend, by how far the number is on its way from $\alpha$ to $\beta$:
 #
-# $$ \phi_i = \frac{M / \lambda_i - \alpha}{\beta - \alpha} \;
-#    \text{ held within 0 and 1} , \qquad
-#    f_i' = (1 - \phi_i)\, \frac{f_i}{s} + \phi_i\, f_i . \tag{5.2.10} $$
+# $$
+# \begin{aligned}
+# \phi_i &= \frac{M / \lambda_i - \alpha}{\beta - \alpha} \;
+#    \text{ held within 0 and 1} , \\
+# f_i' &= (1 - \phi_i)\, \frac{f_i}{s} + \phi_i\, f_i .
+# \end{aligned}
+# \tag{5.2.10}
+# $$
 #
 # At $M / \lambda_i = \alpha$ the blend gives $f_i / s$ and at $\beta$ it gives $f_i$, so
 # there is no jump. Llama 3.1 has $s = 8$, $\alpha = 1$, $\beta = 4$ and

@@ -221,8 +221,8 @@ verdict("norms", np.allclose(runs["norms"], runs["norms"][0]), "do not see it")
 # scores and 30 for the logits. Its slope: with $x$ for any number,
 # $\tanh x = (e^x - e^{-x}) / (e^x + e^{-x})$, and the quotient rule gives
 #
-# $$ \tanh' x = \frac{(e^x + e^{-x})^2 - (e^x - e^{-x})^2}
-#    {(e^x + e^{-x})^2} = 1 - \tanh^2 x . \tag{5.4.5} $$
+# $$ \begin{aligned} \tanh' x &= \frac{(e^x + e^{-x})^2 - (e^x - e^{-x})^2}
+#    {(e^x + e^{-x})^2} \\ &= 1 - \tanh^2 x . \end{aligned} \tag{5.4.5} $$
 #
 # In (5.4.4) the inner $1/c$ and the outer $c$ cancel, and by (5.4.4) again the
 # tangent is $s / c$, so that the slope needs the capped score only:
@@ -243,9 +243,9 @@ verdict("norms", np.allclose(runs["norms"], runs["norms"][0]), "do not see it")
 # queries and of keys, before they are turned by their position. One head of one
 # position is a row of (5.1.3), with weights $w$ that all heads share:
 #
-# $$ \hat q_{ti} = r_t\, q_{ti} , \qquad q'_{ti} = w_i\, \hat q_{ti} , \qquad
-#    r_t = \Bigl( \tfrac{1}{hs} \sum_i q_{ti}^2 + \epsilon \Bigr)^{-1/2} .
-#    \tag{5.4.7} $$
+# $$ \begin{aligned} \hat q_{ti} &= r_t\, q_{ti} , \qquad
+#    q'_{ti} = w_i\, \hat q_{ti} , \\ r_t &= \Bigl( \tfrac{1}{hs} \sum_i q_{ti}^2 +
+#    \epsilon \Bigr)^{-1/2} . \end{aligned} \tag{5.4.7} $$
 #
 # A row so normed has the length $\sqrt{hs}$ at most, so a product of two is at most
 # $hs$, and the score, over $\sqrt{hs}$, at most
@@ -256,9 +256,9 @@ verdict("norms", np.allclose(runs["norms"], runs["norms"][0]), "do not see it")
 # unlike that it lets the gradient live: it removes only what would make a query longer.
 # The gradient is (5.1.9), per head, with $d\hat q_{ti} = w_i\, dq'_{ti}$:
 #
-# $$ dq_{ti} = r_t \Bigl( d\hat q_{ti} - \hat q_{ti}\;
-#    \tfrac{1}{hs} \sum_j d\hat q_{tj}\, \hat q_{tj} \Bigr) , \qquad
-#    dw_i = \sum_t dq'_{ti}\, \hat q_{ti} , \tag{5.4.9} $$
+# $$ \begin{aligned} dq_{ti} &= r_t \Bigl( d\hat q_{ti} - \hat q_{ti}\;
+#    \tfrac{1}{hs} \sum_j d\hat q_{tj}\, \hat q_{tj} \Bigr) , \\
+# dw_i &= \sum_t dq'_{ti}\, \hat q_{ti} , \end{aligned} \tag{5.4.9} $$
 #
 # where the second sum runs over the heads of queries too, for they share $w$.
 # Saved is $r_t$, one number a head and position.

@@ -101,9 +101,14 @@ print(raw[24:].partition(b"llama")[0])
 # for each block its least number $m$ and a step $s$, and for each number how
 # many steps it lies above $m$, from 0 to 15:
 #
-# $$ s = \frac{\max x - m}{15} , \qquad
-#    q_i = \mathrm{round}\Bigl( \frac{x_i - m}{s} \Bigr) , \qquad
-#    x_i \approx s\, q_i + m . \tag{5.7.1} $$
+# $$
+# \begin{aligned}
+# s &= \frac{\max x - m}{15} , \\
+# q_i &= \mathrm{round}\Bigl( \frac{x_i - m}{s} \Bigr) , \\
+# x_i &\approx s\, q_i + m .
+# \end{aligned}
+# \tag{5.7.1}
+# $$
 #
 # No number is further than $s / 2$ from what it becomes, up to the rounding of
 # $s$ and $m$, which are float16. Two of them and 32 half bytes are 20 bytes, 5

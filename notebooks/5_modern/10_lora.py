@@ -235,16 +235,20 @@ def two_roads(x, W, D, U, s):
 # The first one is $m = s D x$. Its factor $s$ belongs to the product, so it
 # multiplies the gradient once on its way:
 #
-# $$ dD = s \sum_n dm_n\, x_n^\top , \qquad
-#    dx = W^\top dy + s\, D^\top dm . \tag{5.10.3} $$
+# $$ \begin{aligned}
+# dD &= s \sum_n dm_n\, x_n^\top , \\
+# dx &= W^\top dy + s\, D^\top dm .
+# \end{aligned} \tag{5.10.3} $$
 #
 # Both gradients are *small products*: their results are thin. With $m$ and
 # $dm$ put in, they read
 #
-# $$ dU = s \sum_n dy_n\, (D x_n)^\top , \qquad
-#    dD = s\, U^\top \sum_n dy_n\, x_n^\top . \tag{5.10.4} $$
+# $$ \begin{aligned}
+# dU &= s \sum_n dy_n\, (D x_n)^\top , \\
+# dD &= s\, U^\top \sum_n dy_n\, x_n^\top .
+# \end{aligned} \tag{5.10.4} $$
 #
-# The sum on the right is the gradient $dW$ of the frozen weight. LoRA sees it
+# The sum in $dD$ is the gradient $dW$ of the frozen weight. LoRA sees it
 # through $U$ and through $D$ only, and never makes it.
 #
 # **The first step.** Where $U = 0$, (5.10.4) says $dD = 0$, but $dU$ is not

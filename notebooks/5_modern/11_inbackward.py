@@ -68,14 +68,14 @@ from llmnb.book.verify import compare, verdict
 # matter. (A tied table, which is used twice, comes below.) So without clipping the two
 # loops
 #
-# $$ \text{for all } w, \text{ from the last: } dw \qquad
-# \text{then for all } w: \; w \leftarrow \mathrm{AdamW}(w, dw)
-# \tag{5.11.1} $$
+# $$ \begin{aligned} &\text{for all } w, \text{ from the last: } dw \\
+# &\text{then for all } w{:} \; w \leftarrow \mathrm{AdamW}(w, dw)
+# \end{aligned} \tag{5.11.1} $$
 #
 # may be one loop with the same numbers for each parameter:
 #
-# $$ \text{for all } w, \text{ from the last: } dw, \quad
-# w \leftarrow \mathrm{AdamW}(w, dw). \tag{5.11.2} $$
+# $$ \begin{aligned} &\text{for all } w, \text{ from the last: } \\
+# &\quad dw, \quad w \leftarrow \mathrm{AdamW}(w, dw). \end{aligned} \tag{5.11.2} $$
 #
 # The same holds for a part of $w$: a row of $dw$ is dead when that row has learnt. So
 # $dw$ need not be stored at all, only the rows that are being made.

@@ -457,9 +457,14 @@ verdict("added too early", not np.array_equal(hasty(0) + hasty(1), alone),
 # all shards but its own, and afterwards, when the owners have updated their
 # parameters, it sends its own shard of these to $R - 1$ others:
 #
-# $$ \text{bytes sent} = 4 P h \left(1 - \frac1R\right)
-#    + 4 \frac{P}{R} (R - 1)
-#    = 4 P (h + 1) \left(1 - \frac1R\right) . \tag{6.1.2} $$
+# $$
+# \begin{aligned}
+# \text{bytes sent} &= 4 P h \left(1 - \frac1R\right) \\
+#    &\quad {} + 4 \frac{P}{R} (R - 1) \\
+#    &= 4 P (h + 1) \left(1 - \frac1R\right) .
+# \end{aligned}
+# \tag{6.1.2}
+# $$
 #
 # That is exact for shards of equal length. Else it is the mean over the ranks,
 # if all have $h$ blocks: who owns more sends less of its gradient, and more

@@ -96,8 +96,13 @@ for name, (alpha, beta) in wires.items():
 # more. A part is $2^{24}$ bytes for each rank (chapter 6.1), so $k = 4P / 2^{24}$,
 # rounded up. With the bytes of (6.1.2), one block to a rank,
 #
-# $$ t_R = \frac{n c + u}{R} + (k + 1) (R - 1) \alpha
-#    + 8 P \beta \left(1 - \frac1R\right) . \tag{6.3.2} $$
+# $$
+# \begin{aligned}
+# t_R &= \frac{n c + u}{R} + (k + 1) (R - 1) \alpha \\
+#    &\quad {} + 8 P \beta \left(1 - \frac1R\right) .
+# \end{aligned}
+# \tag{6.3.2}
+# $$
 #
 # The first term falls with $R$, the others grow. The **efficiency** is the share of
 # time in which a rank does what one process would have done:

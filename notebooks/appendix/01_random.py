@@ -66,16 +66,27 @@ rng = np.random.default_rng(11)
 # Twister, on the CPU. Its state is 624 words of 32 bits. From a seed $s$
 # they are filled by
 #
-# $$ x_0 = s , \qquad x_i = \bigl( 1812433253\,
-#    (x_{i-1} \oplus (x_{i-1} \gg 30)) + i \bigr) \bmod 2^{32} , \tag{A.1.1} $$
+# $$
+# \begin{aligned}
+# x_0 &= s , \\
+# x_i &= \bigl( 1812433253\, (x_{i-1} \oplus (x_{i-1} \gg 30)) \\
+#    &\qquad {} + i \bigr) \bmod 2^{32} ,
+# \end{aligned}
+# \tag{A.1.1}
+# $$
 #
 # where $\oplus$ is the exclusive or, bit by bit, and $\gg$ shifts right.
 # Each following word mixes three earlier ones. Let $h$ be the word whose top
 # bit is that of $x_k$ and whose other 31 bits are those of $x_{k+1}$. Then
 #
-# $$ x_{k+624} = x_{k+397} \oplus (h \gg 1) \oplus
-#    \begin{cases} 0 & h \text{ even} \\
-#    \texttt{9908B0DF}_{16} & h \text{ odd.} \end{cases} \tag{A.1.2} $$
+# $$
+# \begin{aligned}
+# x_{k+624} &= x_{k+397} \oplus (h \gg 1) \\
+#    &\quad {} \oplus \begin{cases} 0 & h \text{ even} \\
+#    \texttt{9908B0DF}_{16} & h \text{ odd.} \end{cases}
+# \end{aligned}
+# \tag{A.1.2}
+# $$
 #
 # Only one bit of $x_k$ enters, so the state that matters has
 # $623 \cdot 32 + 1 = 19937$ bits, and the constants are chosen such that it

@@ -299,8 +299,13 @@ except AssertionError:
 # A gradient is proved by central differences. For a function $f$ of one
 # number, Taylor's theorem gives
 #
-# $$ \frac{f(x+h) - f(x-h)}{2h} = f'(x) + \frac{h^2}{6} f'''(x) + O(h^4) .
-# \tag{A.11.1} $$
+# $$
+# \begin{aligned}
+# &\frac{f(x+h) - f(x-h)}{2h} \\
+# &\quad {} = f'(x) + \frac{h^2}{6} f'''(x) + O(h^4) .
+# \end{aligned}
+# \tag{A.11.1}
+# $$
 #
 # The error falls with $h^2$. But each of the two values in the numerator is
 # known only to about $\epsilon\,|f|$, where $\epsilon$ is the spacing of
