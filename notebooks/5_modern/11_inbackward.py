@@ -816,8 +816,9 @@ for contest in json.loads(path.read_text("utf-8"))["contests"]:
               f"{low:,.0f} to {high:,.0f}")  # fmt: skip
 
 # %% [markdown]
-# A fifth of the memory is gone, with 1,024 tokens a sixth. The times differ by less than
-# the rounds of the race do: the products take longer by about what the update took.
+# A fifth of the memory is gone, with 1,024 tokens a sixth. A step of 256 tokens takes 4 %
+# less, one of 1,024 as long, for there the update was a smaller part; the rounds of the
+# race differ by more.
 
 # %% what is held, and when tags=["hide-input"]
 tensors = [x for x in table if x.stacked]
