@@ -18,7 +18,7 @@ from llmnb.model.tensors import full_shape, tensor_table
 
 # what stands for a gradient
 class Learner(NamedTuple):
-    """What `matmul_learn` takes besides a weight and the two factors."""
+    """What `matmul_learn` takes besides a weight, dout and inp."""
 
     m: Any
     v: Any

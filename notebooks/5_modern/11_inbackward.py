@@ -441,6 +441,8 @@ print(f"update  {update * 1e3:6.1f} ms")
 print(f"at once {learnt * 1e3:6.1f} ms")
 
 # %% [markdown]
+# The update hides behind the product for the most part.
+#
 # ## The model that learns
 #
 # The parts of a block hand the gradient of each weight on to `matmul_backward` and do not
@@ -462,7 +464,7 @@ from llmnb.model.tensors import full_shape, tensor_table
 
 # %% what stands for a gradient tags=["exporti"] module="model.inbackward"
 class Learner(NamedTuple):
-    """What `matmul_learn` takes besides a weight and the two factors."""
+    """What `matmul_learn` takes besides a weight, dout and inp."""
 
     m: Any
     v: Any
@@ -851,9 +853,9 @@ plt.show()
 # ## What it does not do
 #
 # It cannot clip, nor can it drop a step whose norm is a spike or no number: weights have
-# learnt before the norm is known. So a long run is
-# safer with clipping ([chapter 1.18](../1_by_hand/18_training.ipynb)); a short one
-# at a low rate may do without. And it cannot add up the gradients of several
+# learnt before the norm is known. So a long run is safer with clipping
+# ([chapter 1.18](../1_by_hand/18_training.ipynb)); a short one at a low rate may do
+# without. And it cannot add up the gradients of several
 # batches, for nothing of the first would be left to add to. It runs on the CPU.
 #
 # ## Take away
