@@ -3,9 +3,9 @@
 """Files that appear whole or not at all, and folders with one writer."""
 
 __all__ = [
-    "BESIDE", "LOCK", "Lock", "check_regular", "in_use", "make_folder",
-    "own_folder", "package", "read_json", "read_small", "replacing",
-    "sync_folder", "unmade", "what_is", "write_whole",
+    "BESIDE", "Lock", "check_regular", "in_use", "make_folder", "own_folder",
+    "package", "read_json", "read_small", "replacing", "sync_folder",
+    "unmade", "what_is", "write_whole",
 ]
 
 
@@ -221,6 +221,8 @@ def read_json(path, most=1 << 20):
 
 
 # locked or not
+LOCK = ".lock"
+LOCKS = weakref.WeakValueDictionary()  # folder: its Lock in this process
 HELD = BlockingIOError, PermissionError  # another process has the lock
 
 
@@ -252,9 +254,6 @@ def _same(place, path):
 
 
 # who has it
-LOCK = ".lock"
-
-
 def in_use(folder):
     """The words "is in use by ..." if another process has a folder, or "".
 
@@ -286,8 +285,8 @@ def own_folder(path, force=False):
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"{path} is a file, not a folder")
     make_folder(path)
-    rest = [x for x in path.iterdir() if x.suffix != ".new"]
-    if [x for x in rest if x.name != LOCK] and not force:
+    names = [x.name for x in path.iterdir() if x.suffix != ".new"]
+    if set(names) - {LOCK} and not force:
         state = in_use(path) or (
             "exists and is not empty: choose another folder, or force it"
         )
@@ -412,9 +411,6 @@ class Lock:
 
 
 # no lock is inherited
-LOCKS = weakref.WeakValueDictionary()  # folder: its Lock in this process
-
-
 @cache
 def _mind_forks():
     """Let go of the locks in forked children, which might live longer."""

@@ -13,7 +13,7 @@
 # # Files: whole or not at all
 #
 # > What a kill, a full disk, a second writer or a wrong download can do to a
-# > file, and four small functions after which they cannot.
+# > file, and the few functions after which they cannot.
 #
 # *Reading time: 24 minutes. You need: Python's files, and no other chapter.*
 
@@ -23,8 +23,8 @@
 # The model of Part 1 lived in memory. From here on it is kept: weights, logs,
 # texts, tokens. Each of the programs in this part may be stopped at any
 # moment, by you, by the system, by a power cut. Each reads files that somebody
-# else has written, or damaged, or renamed. This chapter makes the ground that
-# all the others of this part stand on. At its end you can
+# else has written, or damaged, or renamed. All the other chapters of this part
+# stand on this one. At its end you can
 #
 # - say which states a file can be in after a kill, for two ways to write it;
 # - say why a rename needs two more calls before it can be relied on;
@@ -86,6 +86,7 @@ import os, sys
 from llmnb.files import replacing
 with replacing(sys.argv[1]) as file:
     file.write(b"the n")
+    file.flush()
     os._exit(9)
 """
 path = folder / "text"
@@ -96,7 +97,8 @@ for name, program in (("in place", IN_PLACE), ("beside", BESIDE_IT)):
 
 # %% [markdown]
 # `os._exit` ends a process at once, as a kill does: nothing is flushed and
-# nothing is tidied up.
+# nothing is tidied up. `replacing` comes from the finished package; here is
+# how it is written.
 #
 # ## Write beside, and rename
 #
@@ -183,7 +185,13 @@ def write_whole(path, data):
         file.write(data)
 
 
+# %% [markdown]
+# The kill left its half behind, under a name that no reader looks for. A write
+# that fails leaves nothing:
+
 # %% a write that fails
+(half,) = folder.glob("text.*.new")
+verdict("after the kill", half.read_bytes() == b"the n", "half is beside")
 (folder / "kept.txt").write_bytes(b"the old text")
 try:
     with replacing(folder / "kept.txt") as file:
@@ -191,7 +199,7 @@ try:
         raise OSError("no space left")
 except OSError as error:
     print("error:", error)
-print(sorted(p.name for p in folder.iterdir() if p.suffix != ".new"))
+print([p.name for p in folder.glob("kept*")])
 print((folder / "kept.txt").read_bytes())
 
 # %% [markdown]
@@ -200,8 +208,8 @@ print((folder / "kept.txt").read_bytes())
 # Files that are read may be anything. A reader knows only what it wants; that
 # a file is *another* well-known thing, and what to do about it, one function
 # knows for all of them. It is asked after the reader has refused, so that
-# what it takes for a pickle can never be a model. The same goes for a package
-# that a file needs and that not everybody installs.
+# what it takes for a pickle can never be a model. `package` does the same for a
+# library that a file needs and that not everybody installs.
 
 # %% what a file is instead tags=["export"]
 # how files begin that are taken for others
@@ -335,10 +343,11 @@ def read_json(path, most=1 << 20):
 # it, and the system keeps a mark on the open file (`flock`), which no second
 # process gets. That mark is the point: it goes when its process goes, in
 # whatever way, so that a program that was killed locks nobody out, whatever
-# its file still says. And since nobody's files should be lost by a wrong name,
-# a folder that holds any is taken only when that is asked for.
+# its file still says.
 
 # %% locked or not tags=["exporti"]
+LOCK = ".lock"
+LOCKS = weakref.WeakValueDictionary()  # folder: its Lock in this process
 HELD = BlockingIOError, PermissionError  # another process has the lock
 
 
@@ -370,12 +379,13 @@ def _same(place, path):
 
 
 # %% [markdown]
-# A folder that was made for work which is then refused is removed again.
+# Who has a folder is asked by trying to mark its file. And since nobody's files
+# should be lost by a wrong name, a folder that holds any is taken only when
+# that is asked for; one that was made for work which is then refused is removed
+# again.
+
 
 # %% who has it tags=["export"]
-LOCK = ".lock"
-
-
 def in_use(folder):
     """The words "is in use by ..." if another process has a folder, or ""."""
     own = LOCKS.get(os.path.realpath(folder))
@@ -402,8 +412,8 @@ def own_folder(path, force=False):
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"{path} is a file, not a folder")
     make_folder(path)
-    rest = [x for x in path.iterdir() if x.suffix != ".new"]
-    if [x for x in rest if x.name != LOCK] and not force:
+    names = [x.name for x in path.iterdir() if x.suffix != ".new"]
+    if set(names) - {LOCK} and not force:
         state = in_use(path) or (
             "exists and is not empty: choose another folder, or force it"
         )
@@ -542,10 +552,8 @@ class Lock:
 # keep the folder locked after the parent's end, so a child lets go of all
 # locks as soon as it exists.
 
+
 # %% no lock is inherited tags=["exporti"]
-LOCKS = weakref.WeakValueDictionary()  # folder: its Lock in this process
-
-
 @cache
 def _mind_forks():
     """Let go of the locks in forked children, which might live longer."""
@@ -627,31 +635,37 @@ try_it()
 # [chapter 4.2](02_checkpoints.ipynb) does.
 # :::
 #
-# **2** (★★). Write `append_line(path, line)` so that after a kill the file
-# ends with a whole line.  Is `replacing` the way?
+# **2** (★★). A log grows by a line at a time. Write `append_line(path, line)`
+# so that no kill costs a line that was whole, and half a line never stays among
+# the others. Is `replacing` the way?
 #
 # :::{admonition} Solution to exercise 2
 # :class: dropdown
 # `replacing` would copy the file for each line. An append may leave half of its
 # line and nothing else wrong; so the *next* writer cuts the file behind its last
-# line break before it adds.
+# line break before it adds. It looks for that in the last 4,096 bytes, which
+# bounds the length of a line.
 # :::
 
 
 # %% exercise 2, the function tags=["hide-cell"]
 def append_line(path, line):
     with open(path, "a+b") as file:
-        file.seek(0)
-        whole = file.read().rpartition(b"\n")
-        file.truncate(len(whole[0]) + len(whole[1]))
+        file.seek(max(0, file.tell() - 4096))
+        tail = file.read()
+        half = len(tail) - 1 - tail.rfind(b"\n")
+        file.truncate(file.tell() - half)
         file.write(line + b"\n")
 
 
 # %% exercise 2, checked
 log = folder / "log"
 log.write_bytes(b"one\ntwo\nthr")
-append_line(log, b"three")
-verdict("exercise 2", log.read_bytes() == b"one\ntwo\nthree\n", "whole lines")
+for line in (b"three", b"four"):
+    append_line(log, line)
+lines = log.read_bytes().splitlines(keepends=True)
+right = lines == [b"one\n", b"two\n", b"three\n", b"four\n"]
+verdict("exercise 2", right, "whole lines")
 
 # %% [markdown]
 # ## Further reading
