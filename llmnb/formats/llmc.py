@@ -47,14 +47,10 @@ def read_header(path, magic, versions, count):
     """
     check_regular(path)
     with open(path, "rb", buffering=0) as file:
-        size, raw = os.fstat(file.fileno()).st_size, file.read(4 * count + 4)
-    if size < HEADER_BYTES or len(raw) < 4 * count + 4:
-        what = what_is(path, magic)
-        raise ValueError(
-            f"{path}: {size} bytes are too few for a header of {HEADER_BYTES}"
-            + (what and f": {what}")
-        )
-    found, *numbers = np.frombuffer(raw, "<i4").tolist()
+        size, raw = os.fstat(file.fileno()).st_size, file.read(HEADER_BYTES)
+    least = f"at least {HEADER_BYTES} bytes"
+    check_header(path, magic, [(size >= HEADER_BYTES, "size", least, size)])
+    found, *numbers = np.frombuffer(raw, "<i4", count + 1).tolist()
     known = " or ".join(map(str, versions))
     rows = (
         (found == magic, "magic number", magic, found),

@@ -127,14 +127,10 @@ def read_header(path, magic, versions, count):
     """
     check_regular(path)
     with open(path, "rb", buffering=0) as file:
-        size, raw = os.fstat(file.fileno()).st_size, file.read(4 * count + 4)
-    if size < HEADER_BYTES or len(raw) < 4 * count + 4:
-        what = what_is(path, magic)
-        raise ValueError(
-            f"{path}: {size} bytes are too few for a header of {HEADER_BYTES}"
-            + (what and f": {what}")
-        )
-    found, *numbers = np.frombuffer(raw, "<i4").tolist()
+        size, raw = os.fstat(file.fileno()).st_size, file.read(HEADER_BYTES)
+    least = f"at least {HEADER_BYTES} bytes"
+    check_header(path, magic, [(size >= HEADER_BYTES, "size", least, size)])
+    found, *numbers = np.frombuffer(raw, "<i4", count + 1).tolist()
     known = " or ".join(map(str, versions))
     rows = (
         (found == magic, "magic number", magic, found),
@@ -308,8 +304,8 @@ tracemalloc.stop()
 verdict("a million blocks", peak < 1 << 20, "refused in less than 1 MiB")
 
 # %% [markdown]
-# The header tells lies of its own. A flipped bit in a weight tells none, and
-# is found by the sum.
+# What a header claims, the length of the file confirms or refutes. A bit that
+# flips in a weight changes no length, and is found by the sum:
 
 # %% a bit that flips
 flipped = bytearray(whole)
@@ -379,15 +375,15 @@ first = parameter_shapes(GPT2Config())["wte"]
 verdict("wpe", start == HEADER_BYTES + 4 * int(np.prod(first)), f"at {start}")
 
 # %% [markdown]
-# **2** (★★). Which single flipped bits of a file does the reader refuse? Try
-# each bit of the eight numbers that are used, and one of every other number.
+# **2** (★★). Which single flipped bits of the header does the reader refuse? Try
+# each bit of the first eight numbers, and one of every other.
 #
 # :::{admonition} Solution to exercise 2
 # :class: dropdown
-# Magic, version and sizes fix the length or must be equal, with one exception:
-# the number of heads changes no shape. All else is covered by the sum, which
-# covers the header too. So every flip is refused, some by `bin_header`, the rest
-# by the sum; only a flip of number 254 itself turns the sum off.
+# Magic, version and sizes fix the length or must be equal, with two exceptions:
+# the number of heads changes no shape, and 1,001 tokens are padded to the same
+# 1,024 as 1,000. The sum finds those, and all other flips, for it covers the
+# header too; only a flip of number 254 itself turns the sum off.
 # :::
 
 

@@ -80,13 +80,11 @@ print(raw[:8].hex(" "), raw[8 : 8 + len(table)].decode(), body.hex(" "))
 # memory. Our models fill half of a machine's memory, so we write ourselves,
 # one array after the other.
 #
-# A disk, a memory or a copy may flip a bit, and a weight with a flipped bit is
-# still a number. So a sum is kept of each array, CRC-32, in the metadata,
-# which other programs pass over. It covers the array's bytes and whatever says
-# how to read them: its name, type and shape, and the other metadata.
-# The sums are known when the arrays are written, so the table, whose length
-# they do not change, is written twice. CRC-32 finds accidents, not intent: who
-# wants to deceive computes it anew.
+# As in [chapter 4.2](02_checkpoints.ipynb), a checksum finds a flipped bit: one
+# of each array, in the metadata, which other programs pass over. It covers the
+# array's bytes and whatever says how to read them: its name, type and shape,
+# and the other metadata. The sums are known when the arrays are written, so the
+# table, whose length they do not change, is written twice.
 
 # %% types by their names tags=["export"]
 DTYPES = {
@@ -171,8 +169,7 @@ def _told(table, note, name):
 
 # %% [markdown]
 # ## Read
-
-# %% [markdown]
+#
 # Reading is the library's job: it knows how a table can lie. Names that
 # overlap, offsets beyond the end, a shape that does not match its bytes, a
 # table of a gigabyte: it refuses them all before a number is read. What it
@@ -258,7 +255,7 @@ print(file.metadata, {x: file.shape(x) for x in file.names})
 same = all(np.array_equal(file[x], arrays[x]) for x in arrays)
 verdict("arrays", same, "come back to the last bit")
 
-# %% the library's file, and ours
+# %% the file made by hand
 (folder / "hand.safetensors").write_bytes(raw)
 file = TensorFile(folder / "hand.safetensors")
 verdict("by hand", file["x"].tolist() == [1.0, -2.0], "is read")
@@ -283,7 +280,7 @@ except ValueError as error:
 
 # %% [markdown]
 # Could two arrays of one size change places? The bytes of each would be whole,
-# and only their names wrong. The sum covers the name:
+# and only their names wrong. The sum covers the name, so it is caught:
 
 # %% two names that change places
 pair = {"a": np.zeros(4, np.float32), "b": np.ones(4, np.float32)}

@@ -107,8 +107,8 @@ GOOD = saying(4)
 
 
 @pytest.mark.parametrize("raw, message", [
-    (b"", "0 bytes are too few for a header of 1024"),
-    (GOOD[:1023], "1023 bytes are too few for a header of 1024"),
+    (b"", "the size must be at least 1024 bytes, got 0"),
+    (GOOD[:1023], "the size must be at least 1024 bytes, got 1023"),
     (saying(4, 1), "magic number must be 20240520, got 1"),
     (saying(4, 20240326), "magic number .* got 20240326"),
     (saying(4, version=2), "version must be 1, got 2"),

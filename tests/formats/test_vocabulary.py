@@ -323,7 +323,7 @@ def test_a_long_token_is_not_written(tmp_path):
 
 
 @pytest.mark.parametrize(("change", "says"), [
-    (lambda raw: raw[:1000], "too few for a header"),
+    (lambda raw: raw[:1000], "size must be at least 1024 bytes"),
     (lambda raw: raw[:-1], "token 3 is empty or cut off"),
     (lambda raw: raw[:-3], "right for 4 tokens"),
     (lambda raw: raw + b"x", "1 bytes behind the last token"),

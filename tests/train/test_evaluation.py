@@ -218,7 +218,7 @@ def changed(raw, place, value, size):
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda x: x[:900], "900 bytes are too few for a header of 1024"),
+    (lambda x: x[:900], "the size must be at least 1024 bytes, got 900"),
     (lambda x: x[:-1], "size must be even"),
     (lambda x: x[:-2], r"example 2 must have an even size of 30 to"),
     (lambda x: x + b"\0\0", "2 bytes follow the last example"),
