@@ -114,11 +114,13 @@ def _check_hash(path, want):
     """Raise OSError unless a file has a SHA-256, or the hub's own hash."""
     path = path.resolve()  # in the cache a file is called by its hash
     want = want or path.name
-    kinds = {64: (hashlib.sha256, b""), 40: (hashlib.sha1, _git(path))}
-    if len(want) not in kinds:  # a cache without links, as on Windows
+    if len(want) == 64:
+        digest = hashlib.sha256()
+    elif len(want) == 40:  # git's, which begins with the size
+        start = b"blob %d\0" % path.stat().st_size
+        digest = hashlib.sha1(start, usedforsecurity=False)
+    else:  # a cache without links, as on Windows
         return
-    new, before = kinds[len(want)]
-    digest = new(before, usedforsecurity=False)
     with open(path, "rb") as file:
         hashlib.file_digest(file, lambda: digest)
     if digest.hexdigest() != want:
@@ -126,8 +128,3 @@ def _check_hash(path, want):
             f"fetch: {path} is not what was published, its hash is "
             f"{digest.hexdigest()}, not {want}: remove it and fetch again"
         )
-
-
-def _git(path):
-    """What git puts before a file when it computes its hash."""
-    return b"blob %d\0" % path.stat().st_size

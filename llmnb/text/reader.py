@@ -20,6 +20,7 @@ import re
 import tokenize
 import zlib
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 from llmnb.files import check_regular, package
@@ -362,12 +363,9 @@ def read_documents(path, stream, field, skip_bad=False, tally=None):
 
     Derived in chapter 4.7.
     """
-
-    def take(where, record):
-        return text_of(where, record, field)
-
     if not is_json_lines(path):
         yield path, text_blocks(path, stream)
         return
+    take = partial(text_of, field=field)
     for where, text in read_records(path, stream, take, skip_bad, tally):
         yield where, in_blocks(text)

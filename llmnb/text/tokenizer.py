@@ -110,12 +110,6 @@ def _ranked(path, text):
                 raise ValueError(f"{path}:{number}: {token} comes twice")
             by_rank[rank] = token
             seen.add(token)
-    return _check_ranks(path, by_rank, seen)
-
-
-# check the ranks
-def _check_ranks(path, by_rank, seen):
-    """The tokens in order of rank, once the file is known to be whole."""
     for number in range(256):
         if bytes([number]) not in seen:
             raise ValueError(f"{path}: no token for the byte {number}")

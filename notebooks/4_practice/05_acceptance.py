@@ -92,9 +92,9 @@ verdict("training", loss < first / 4, "loss below a quarter")
 # %% [markdown]
 # ## A state to compare with
 #
-# llm.c's *debug state* is such a batch. The Python script that writes it runs
-# GPT-2 in PyTorch; the C program then compares. After a header of 256 int32
-# numbers,
+# llm.c's *debug state* holds a batch, and what GPT-2 in PyTorch made of it: a
+# Python script writes it, and the C program compares. After a header of 256
+# int32 numbers,
 #
 # | number | 0 | 1 | 2 | 3 |
 # |---|---|---|---|---|

@@ -72,18 +72,14 @@ from llmnb.book.verify import verdict
 from llmnb.text import tokenizer
 
 folder = Path(tempfile.mkdtemp())
-trained = tokenizer.train("low lower lowest, newer newest " * 3, 270)
 
 # %% [markdown]
 # ## Fetch
-
-# %% [markdown]
-# The library `huggingface_hub` downloads with a progress bar,
-# goes on where a download broke off, keeps what it has in a cache, and answers
-# from the cache when there is no network. It is an extra:
-# `pip install 'llmnb[hub]'`.
-
-# %% [markdown]
+#
+# The library `huggingface_hub` downloads with a progress bar, goes on where a
+# download broke off, keeps what it has in a cache, and answers from the cache
+# when there is no network. It is an extra: `pip install 'llmnb[hub]'`.
+#
 # What is fetched should be what was meant. A name on the hub can be written
 # anew by its owner, so for OpenAI's four models the *revision* is part of the
 # address: a commit, which cannot change. And each file is compared with a hash
@@ -196,11 +192,13 @@ def _check_hash(path, want):
     """Raise OSError unless a file has a SHA-256, or the hub's own hash."""
     path = path.resolve()  # in the cache a file is called by its hash
     want = want or path.name
-    kinds = {64: (hashlib.sha256, b""), 40: (hashlib.sha1, _git(path))}
-    if len(want) not in kinds:  # a cache without links, as on Windows
+    if len(want) == 64:
+        digest = hashlib.sha256()
+    elif len(want) == 40:  # git's, which begins with the size
+        start = b"blob %d\0" % path.stat().st_size
+        digest = hashlib.sha1(start, usedforsecurity=False)
+    else:  # a cache without links, as on Windows
         return
-    new, before = kinds[len(want)]
-    digest = new(before, usedforsecurity=False)
     with open(path, "rb") as file:
         hashlib.file_digest(file, lambda: digest)
     if digest.hexdigest() != want:
@@ -208,11 +206,6 @@ def _check_hash(path, want):
             f"fetch: {path} is not what was published, its hash is "
             f"{digest.hexdigest()}, not {want}: remove it and fetch again"
         )
-
-
-def _git(path):
-    """What git puts before a file when it computes its hash."""
-    return b"blob %d\0" % path.stat().st_size
 
 
 # %% [markdown]
@@ -372,8 +365,7 @@ for sample in ("newer lowest", "naïve\n\n", "<|endoftext|>"):
 
 # %% [markdown]
 # ## GPT-2's own letters
-
-# %% [markdown]
+#
 # A model folder brings its vocabulary as `vocab.json`: token to number. JSON
 # holds text and no bytes, so GPT-2's authors wrote each byte as a letter:
 # bytes that print stand for themselves, and the other 68 for the letters from

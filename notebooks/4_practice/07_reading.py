@@ -96,6 +96,7 @@ import re
 import tokenize
 import zlib
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 from llmnb.files import check_regular, package
@@ -300,8 +301,8 @@ def check_text(where, text):
 
 
 # %% [markdown]
-# A bomb of a gigabyte of blanks, in a megabyte of gzip, and what it costs to
-# read it to the end:
+# A bomb: 256 MiB of blanks in a quarter of a megabyte of gzip, and what it costs
+# to read it to the end.
 
 # %% a bomb
 part = gzip.compress(b" " * (1 << 24), mtime=0)
@@ -445,13 +446,10 @@ def read_documents(path, stream, field, skip_bad=False, tally=None):
     A file of JSON lines has a document a line, in the field `field`; any
     other file is one document. skip_bad, tally: as for `read_records`.
     """
-
-    def take(where, record):
-        return text_of(where, record, field)
-
     if not is_json_lines(path):
         yield path, text_blocks(path, stream)
         return
+    take = partial(text_of, field=field)
     for where, text in read_records(path, stream, take, skip_bad, tally):
         yield where, in_blocks(text)
 
@@ -604,12 +602,6 @@ def _ranked(path, text):
                 raise ValueError(f"{path}:{number}: {token} comes twice")
             by_rank[rank] = token
             seen.add(token)
-    return _check_ranks(path, by_rank, seen)
-
-
-# %% check the ranks tags=["exporti"] module="text.tokenizer"
-def _check_ranks(path, by_rank, seen):
-    """The tokens in order of rank, once the file is known to be whole."""
     for number in range(256):
         if bytes([number]) not in seen:
             raise ValueError(f"{path}: no token for the byte {number}")
@@ -823,17 +815,30 @@ verdict("two million", enc.decode(ids) == blanks, "decode(encode(x)) == x")
 #
 # ## Exercises
 #
-# **1** (★★). (4.7.1) allows 32 MB for a bite of 1,024 bytes. What would a bite
-# of a megabyte allow?
+# **1** (★★★). (4.7.1) allows 32 MB for a bite of 1,024 bytes. Make the file that
+# takes all of it. A zstd frame begins with the bytes `28 b5 2f fd`, a zero, and
+# a byte for its window, here `38`, which is 128 KB. A block that repeats one byte
+# has four: the sum of its size times 8, of 2, and of 1 for the last block, in
+# three bytes with the lowest first; then the byte. What would the second reader
+# return for such a file if a bite had a megabyte?
 #
 # :::{admonition} Solution to exercise 1
 # :class: dropdown
-# A thousand times as much, 32 GB, from a file of a megabyte: 262,144 blocks of
-# four bytes, each of which repeats one byte 128 K times.
+# 256 blocks of four bytes, each of 128 KB once it is unpacked. With bites of a
+# megabyte a file of a megabyte would come back at once as 262,144 blocks, 32 GB.
 # :::
 
 # %% exercise 1, checked tags=["hide-cell"]
-verdict("exercise 1", (1 << 20) // 4 * (128 << 10) == 32 << 30, "32 GiB")
+size = 128 << 10
+blocks = [
+    (size * 8 + 2 + (k == 255)).to_bytes(3, "little") for k in range(256)
+]
+frame = bytes.fromhex("28b52ffd 00 38") + b"".join(x + b"a" for x in blocks)
+(folder / "bomb.txt.zst").write_bytes(frame)
+with open_stream(folder / "bomb.txt.zst") as (stream, _):
+    found = sum(map(len, iter(lambda: stream.read(1 << 20), b"")))
+print(f"{len(frame):,} bytes became {found:,}")
+verdict("exercise 1", found == len(blocks) * size, "all of (4.7.1)")
 
 # %% [markdown]
 # ## Further reading
