@@ -36,13 +36,6 @@ SKIPPED = {
     "__pycache__", "dist-packages", "encodings", "idle_test", "pydoc_data",
     "site-packages", "test", "tests",
 }  # fmt: skip
-SHAKESPEARE_URL = (
-    "https://raw.githubusercontent.com/karpathy/char-rnn/master/"
-    "data/tinyshakespeare/input.txt"
-)
-SHAKESPEARE_SHA256 = (
-    "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-)
 
 
 # files below a folder
@@ -147,6 +140,15 @@ def _download(url, path):
 
 
 # check a download
+SHAKESPEARE_URL = (
+    "https://raw.githubusercontent.com/karpathy/char-rnn/master/"
+    "data/tinyshakespeare/input.txt"
+)
+SHAKESPEARE_SHA256 = (
+    "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+)
+
+
 def _check_hash(raw, name):
     """Raise ValueError unless these bytes are tinyshakespeare."""
     got = hashlib.sha256(raw).hexdigest()
@@ -213,15 +215,11 @@ def _own_files(paths, field, skip_bad, tally):
     """Yield the documents of these files, and of all files in folders."""
     for path in map(Path, paths):
         for inner, named in files_of(path, tally):
-            with nullcontext() if named else passing_over(inner, tally):
-                yield from _whole(inner, field, skip_bad, tally)
-
-
-def _whole(path, field, skip_bad, tally):
-    """Yield the documents of a file, each whole."""
-    with open_stream(path) as (stream, _):
-        for _, blocks in read_documents(path, stream, field, skip_bad, tally):
-            yield "".join(blocks)
+            errors = nullcontext() if named else passing_over(inner, tally)
+            with errors, open_stream(inner) as (stream, _):
+                how = field, skip_bad, tally
+                for _, blocks in read_documents(inner, stream, *how):
+                    yield "".join(blocks)
 
 
 # load a corpus

@@ -8,6 +8,8 @@ __all__ = ["Source", "sources"]
 # imports of the pieces
 import hashlib
 import re
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -75,46 +77,40 @@ class Source(NamedTuple):
 
 
 # the pieces of a file
-def _file_pieces(path, *how):
-    """Yield (first, text, position) for a file of any kind."""
+def _file_pieces(path, named, *how):
+    """Yield (first, text, position) for a file; `how` ends with the tally.
+
+    Notes how often `<|endoftext|>` stands in it. A file in a folder, which
+    nobody has named, gives nothing when it is no text.
+    """
+    tally, times = how[-1], 0
+    if not named and not _is_text(path, tally):
+        return
     with open_stream(path) as (stream, raw):
         for where, blocks in read_documents(path, stream, *how):
             for first, piece in _cut(where, blocks):
+                if EOT in piece:
+                    times += piece.count(EOT)
+                    tally.note(EOT, path, times)
                 yield first, piece, raw.tell()
 
 
-# a file in a folder
-def _found_pieces(path, *how):
-    """The pieces of a file in a folder; none when it is no text."""
-    good, tally = False, how[-1]
+def _is_text(path, tally):
+    """Whether a file can be read to its end; notes it if not."""
     with passing_over(path, tally), open_stream(path) as (stream, _):
         if not is_json_lines(path):
             for _ in text_blocks(path, stream):
                 pass
-        good = True
-    if good:
-        yield from _file_pieces(path, *how)
+        return True
+    return False
 
 
-def _file_source(path, read, how):
+def _file_source(path, named, how):
     """The `Source` of a file; how: field, skip_bad and tally."""
     info = path.stat()
     mark = f"{path} {info.st_size} {info.st_mtime_ns}"
-
-    def pieces():
-        return _counted(path, read(path, *how), how[-1])
-
+    pieces = partial(_file_pieces, path, named, *how)
     return Source(str(path), info.st_size, mark, pieces)
-
-
-def _counted(name, pieces, tally):
-    """Pass pieces on; note how often `<|endoftext|>` stands in them."""
-    times = 0
-    for first, text, position in pieces:
-        if EOT in text:
-            times += text.count(EOT)
-            tally.note(EOT, name, times)
-        yield first, text, position
 
 
 # a corpus in memory
@@ -153,9 +149,6 @@ def sources(names, field="text", skip_bad=False, tally=None):
             found.append(_memory_source(name))
             continue
         for path, named in corpus.files_of(Path(name), tally):
-            if named:
-                found.append(_file_source(path, _file_pieces, how))
-            else:
-                with passing_over(path, tally):
-                    found.append(_file_source(path, _found_pieces, how))
+            with nullcontext() if named else passing_over(path, tally):
+                found.append(_file_source(path, named, how))
     return found

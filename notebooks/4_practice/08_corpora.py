@@ -83,13 +83,6 @@ SKIPPED = {
     "__pycache__", "dist-packages", "encodings", "idle_test", "pydoc_data",
     "site-packages", "test", "tests",
 }  # fmt: skip
-SHAKESPEARE_URL = (
-    "https://raw.githubusercontent.com/karpathy/char-rnn/master/"
-    "data/tinyshakespeare/input.txt"
-)
-SHAKESPEARE_SHA256 = (
-    "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-)
 
 # %% [markdown]
 # A corpus may be the folder in which we work, and then the last run lies in
@@ -174,8 +167,7 @@ def describe(names, documents, characters):
 
 # %% [markdown]
 # ## A download
-
-# %% [markdown]
+#
 # The second corpus is `tinyshakespeare`, a megabyte of Shakespeare's plays
 # that Andrej Karpathy collected and that many small language models are tried
 # on. It is downloaded once. What arrives is kept only if its SHA-256 hash is
@@ -208,6 +200,15 @@ def _download(url, path):
 
 
 # %% check a download tags=["exporti"]
+SHAKESPEARE_URL = (
+    "https://raw.githubusercontent.com/karpathy/char-rnn/master/"
+    "data/tinyshakespeare/input.txt"
+)
+SHAKESPEARE_SHA256 = (
+    "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+)
+
+
 def _check_hash(raw, name):
     """Raise ValueError unless these bytes are tinyshakespeare."""
     got = hashlib.sha256(raw).hexdigest()
@@ -242,8 +243,7 @@ def _tinyshakespeare():
 
 # %% [markdown]
 # ## Documents
-
-# %% [markdown]
+#
 # A **document** is a stretch of text that belongs together: a module, a
 # manual page, a file. In tinyshakespeare it is one speech: the speeches are
 # parted by blank lines, and the blank line stays at the end of the speech.
@@ -283,15 +283,11 @@ def _own_files(paths, field, skip_bad, tally):
     """Yield the documents of these files, and of all files in folders."""
     for path in map(Path, paths):
         for inner, named in files_of(path, tally):
-            with nullcontext() if named else passing_over(inner, tally):
-                yield from _whole(inner, field, skip_bad, tally)
-
-
-def _whole(path, field, skip_bad, tally):
-    """Yield the documents of a file, each whole."""
-    with open_stream(path) as (stream, _):
-        for _, blocks in read_documents(path, stream, field, skip_bad, tally):
-            yield "".join(blocks)
+            errors = nullcontext() if named else passing_over(inner, tally)
+            with errors, open_stream(inner) as (stream, _):
+                how = field, skip_bad, tally
+                for _, blocks in read_documents(inner, stream, *how):
+                    yield "".join(blocks)
 
 
 # %% load a corpus tags=["export"]
@@ -429,7 +425,23 @@ verdict("in threads", row.tolist() == plain, "the tokens of one thread")
 # it has fall off the end. By name that is always the text of the last letters; by
 # hash it is any text. Nothing else changes its order, which is the point of both.
 # :::
-#
+
+
+# %% exercise 1, checked tags=["hide-cell"]
+def lost(order, added, limit=20):
+    before = sorted(names, key=order)[:limit]
+    after = sorted([*names, added], key=order)[:limit]
+    return [name for name in before if name not in after], before[-1:]
+
+
+names = [f"{letter}.txt" for letter in "abcdefghijklmnopqrstuvwxyz"]
+for label, order in (("by name", str), ("by hash", _hash)):
+    first = min((f"a{i}.txt" for i in range(100)), key=order)
+    gone, last = lost(order, first)
+    print(label, "loses", *gone)
+    verdict(label, gone == last, "nothing but the last")
+
+# %% [markdown]
 # ## Further reading
 #
 # - Leo Gao and others, [The Pile](https://arxiv.org/abs/2101.00027), 2020:

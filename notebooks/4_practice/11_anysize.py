@@ -697,7 +697,7 @@ verdict("without drop", files_of("wrong") != files_of("one"), "is caught")
 # %% memory does not grow tags=["nbval-ignore-output"]
 import tracemalloc
 
-for times in (20, 80):
+for times in (80, 240):
     (folder / "big.txt").write_text("spam and eggs " * 10**4 * times)
     size = (folder / "big.txt").stat().st_size
     (big,) = sources([folder / "big.txt"])

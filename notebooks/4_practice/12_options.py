@@ -22,10 +22,10 @@
 # %% [markdown]
 # ## Where we are
 #
-# A training run is fixed by its numbers: what it reads, what the model looks
-# like, how it learns. This chapter gathers them in one place, where the loop,
-# the command line and the files of a run find them, and turns the text they name
-# into batches. At its end you can
+# Part 1 trained with numbers that stood here and there in its cells. This
+# chapter gathers them in one place, where the loop, the command line and the
+# files of a run find them, and turns the text they name into batches. At its end
+# you can
 #
 # - list what fixes a run, and add a number to it in one place;
 # - say which text a run reads, and with which tokenizer;
@@ -444,8 +444,8 @@ def _from_shards(config):
 
 
 # %% [markdown]
-# A run may use a tokenizer that another program made. Chapter 4.6 derives how
-# such files are read.
+# A run may use a tokenizer that another program made; [chapter
+# 4.6](06_hub.ipynb) reads its file.
 
 
 # %% the tokenizer of a run tags=["export"] module="train.feed"
@@ -493,6 +493,13 @@ line = "    def __init__(self, name):\n"
 encoded = data.encoding.encode_ordinary(line)
 verdict("tokenizer", data.encoding.decode(encoded) == line, "round trip")
 verdict("tokenizer", len(encoded) < len(line) / 2, "halves the length")
+
+
+# %% [markdown]
+# Tokens become batches in the loader of [chapter
+# 1.3](../1_by_hand/03_batches.ipynb), which wants at least one whole batch of
+# each shard. The last shard of a text may be shorter than that: it is left out,
+# for one short file should not stop a run of thousands.
 
 
 # %% its batches tags=["export"] module="train.feed"

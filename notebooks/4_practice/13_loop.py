@@ -143,10 +143,10 @@ for k in range(7):
 print(tree.whole())
 
 # %% [markdown]
-# The price is memory: a block that waits is a gradient of its own. While the last of
-# $n$ pieces is computed, as many wait as $n - 1$ has ones in base two,
-# $\log_2 n$ for a power of two. So one piece takes nothing, two take
-# one gradient more, and 16 take four, as much as the weights, their gradient and AdamW's
+# The price is memory: a block that waits is a gradient of its own. While piece $k$
+# is computed, counted from 0, as many wait as $k$ has ones in base two: at most
+# $\log_2 n$ of $n$ pieces, where $n$ is a power of two. So one piece takes nothing,
+# two take one gradient more, and 16 take four, as much as the weights, their gradient and AdamW's
 # averages together. A plain sum, each piece added to those before, would take none
 # but could not be divided.
 #
@@ -780,8 +780,8 @@ plt.show()
 # ## Exercises
 #
 # **1** (★★). A test that finds many bugs in a minute: train on one batch
-# again and again. What loss do you expect after 100 steps? Use the small
-# configuration above with a constant rate.
+# again and again. What loss do you expect after 100 steps? Use the
+# configuration `small` with a constant rate.
 #
 # :::{admonition} Solution to exercise 1
 # :class: dropdown
