@@ -691,7 +691,7 @@ verdict("without drop", files_of("wrong") != files_of("one"), "is caught")
 #
 # With the default $s = 10^8$ that is 200 MB and little more, for any corpus.
 # The time is that of the encoder: $10^{10}$ tokens, some 45 GB of English, at
-# the 19 megabytes a second of one thread here take forty minutes of one core's time,
+# the 20 megabytes a second of one thread here take forty minutes of one core's time,
 # and the shards are 20 GB on the disk.
 
 # %% memory does not grow tags=["nbval-ignore-output"]
