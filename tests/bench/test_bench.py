@@ -381,14 +381,28 @@ def test_llmc_sleeps_between_its_steps(train_gpt2):
 
 
 def test_the_environment_of_a_contestant(monkeypatch):
+    """PYTHONPATH is kept, too, where wheels lie that were carried along."""
     monkeypatch.setenv("GOMP_SPINCOUNT", "1000")  # as llmnb.cpu sets it
     monkeypatch.setenv("MINE", "kept")
-    env = race._environment(3, "folder")
+    monkeypatch.setenv("PYTHONPATH", "carried")
+    seen = []
+
+    def started(command, env, **_):
+        seen.append(env)
+        raise ChildProcessError("enough")
+
+    monkeypatch.setattr(race.subprocess, "Popen", started)
+    spec = {**SHAPE, **OURS}
+    for settings, cache in ((Settings(threads=3), "folder"), (Settings(), "")):
+        with pytest.raises(ChildProcessError, match="enough"):
+            race.Contestant("me", spec, settings, cache)
+    env, plain = seen
     assert "GOMP_SPINCOUNT" not in env
     assert env["OMP_NUM_THREADS"] == env["NUMBA_NUM_THREADS"] == "3"
     assert env["LLMNB_CACHE"] == env["TORCHINDUCTOR_CACHE_DIR"] == "folder"
     assert env["MINE"] == "kept" and env["PYTHONSAFEPATH"] == "1"
-    assert race._environment(None)["OMP_NUM_THREADS"] == str(race.cores())
+    assert env["PYTHONPATH"].split(os.pathsep)[1:] == ["carried"]
+    assert plain["OMP_NUM_THREADS"] == str(race.cores())
 
 
 # the race
@@ -990,18 +1004,3 @@ def test_who_ends_in_the_race_stops_nobody(monkeypatch):
         ]
         alone = ["start a", "close a", "start b", "close b"]
         assert (log == alone) is (backend == "cuda")
-
-
-def test_a_childs_path_keeps_what_it_was_given(monkeypatch):
-    """Wheels that were carried along lie on PYTHONPATH."""
-    monkeypatch.setenv("PYTHONPATH", "carried")
-    seen = {}
-
-    def started(command, env, **_):
-        seen.update(env)
-        raise ChildProcessError("enough")
-
-    monkeypatch.setattr(race.subprocess, "Popen", started)
-    with pytest.raises(ChildProcessError, match="enough"):
-        race.Contestant("me", {**SHAPE, **OURS}, ONE_THREAD)
-    assert seen["PYTHONPATH"].split(os.pathsep)[1:] == ["carried"]
