@@ -14,11 +14,17 @@ def test_forward_over_several_tiles():
     check_row("attention", 1, 70, 1, 1, 4)
 
 
-@pytest.mark.parametrize("hs", (64, 128, 256))
-def test_wide_heads(hs):
-    """More than 64 channels take smaller tiles: 17 positions are several."""
-    shape = 1, 17 if hs > 64 else 33, 1, 1, hs
-    found = unwatched("attention", *shape, add=False)
+@pytest.mark.parametrize("hs", (64, 66, 128, 130, 256))
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        ("attention", {"add": False}),
+        ("local_attention", {"window": 5, "softcap": 9.0}),
+    ],
+)
+def test_wide_heads(name, how, hs):
+    """More than 64 channels take smaller tiles, and so do more than 128."""
+    found = unwatched(name, 1, 17 if hs > 64 else 33, 1, 1, hs, **how)
     for got, want in zip(*found, strict=True):
         np.testing.assert_allclose(got, want, rtol=0, atol=5e-5)
 
@@ -48,14 +54,25 @@ def test_machine_code_of_gpt2s_heads():
     assert queries.registers <= 65536 // (5 * 64)
 
 
+RULE = {"window": 1, "softcap": 50.0}
+
+
 @pytest.mark.parametrize(
-    "hs, cc, ways",
-    ((5, (8, 0), "f"), (128, (9, 0), "b"), (256, (8, 0), "fb")),
+    ("name", "hs", "cc", "how"),
+    [
+        ("attention", 5, (8, 0), {"ways": "f"}),
+        ("attention", 128, (9, 0), {"ways": "b"}),
+        ("attention", 256, (8, 0), {}),
+        ("local_attention", 6, (8, 0), RULE),
+        ("local_attention", 256, (9, 0), RULE),
+    ],
 )
-def test_machine_code_of_other_heads(monkeypatch, hs, cc, ways):
+def test_machine_code_of_other_heads(monkeypatch, name, hs, cc, how):
     monkeypatch.setattr(gpu, "GENERATIONS", [cc])
-    seen = launched("attention", 1, 2, 1, 1, hs, ways=ways)
-    check_machine(check_machine_code(seen), hs % 4 == 0)
+    seen = launched(name, 1, 2, 1, 1, hs, **how)
+    found = check_machine_code(seen)
+    assert "ways" in how or len(found) == 4
+    check_machine(found, hs % 4 == 0)
 
 
 def test_large_scores_and_scores_that_grow():

@@ -1,9 +1,11 @@
-"""Attention by other rules on a GPU: its tiles, what it leaves out."""
+"""Attention by other rules on a GPU: its tiles, what it leaves out.
 
-import gpu
+Its wide heads and its machine code are in test_cuda_attention.py.
+"""
+
 import numpy as np
 import pytest
-from gpu import both, check_machine_code, check_row, launched, there, unwatched
+from gpu import both, check_row, there, unwatched
 from layers import NAMED, problem
 
 from llmnb import cuda
@@ -21,15 +23,6 @@ def draw(*shape, **rule):
 def test_windows_over_several_tiles(window):
     """Rows that meet tiles of unseen keys before their first one."""
     check_row("local_attention", 1, 70, 1, 1, 4, window=window, softcap=2.0)
-
-
-@pytest.mark.parametrize("hs", [64, 66, 128, 130, 256])
-def test_wide_heads(hs):
-    """More than 64 channels take smaller tiles, and so do more than 128."""
-    shape = 1, 33 if hs <= 64 else 17, 1, 1, hs
-    found = unwatched("local_attention", *shape, window=5, softcap=9.0)
-    for got, want in zip(*found, strict=True):
-        np.testing.assert_allclose(got, want, rtol=0, atol=5e-5)
 
 
 def test_without_a_rule_it_is_gpt2s_attention():
@@ -65,18 +58,6 @@ def test_tiles_outside_the_window_are_left_out():
     forward, backward = (2 + 4 + 5) - (2 + 3 + 2), 2 * (15 - 9)
     left_out = [x - y for x, y in zip(everything, near, strict=True)]
     assert left_out == [2 * 128 * forward, 2 * 64 * backward]
-
-
-@pytest.mark.parametrize(("hs", "cc"), [(6, (8, 0)), (256, (9, 0))])
-def test_machine_code_of_attention(monkeypatch, hs, cc):
-    monkeypatch.setattr(gpu, "GENERATIONS", [cc])
-    how = {"window": 1, "softcap": 50.0}
-    seen = launched("local_attention", 1, 2, 1, 1, hs, **how)
-    found = check_machine_code(seen)
-    assert len(found) == 4
-    for name, made in found.items():
-        if not name.startswith("_"):
-            assert ("ld.global.v4" in made.ptx) == (hs % 4 == 0), name
 
 
 # norms of heads
