@@ -1,8 +1,8 @@
 """A weight that learns with its gradient: as product and update do."""
 
-import numba
 import numpy as np
 import pytest
+from problems import assert_threads_change_no_bit
 
 from llmnb import cpu, reference
 from llmnb.reference.adamw import AdamW
@@ -84,16 +84,11 @@ def test_rows_that_are_set_aside(backend):
 
 @pytest.mark.parametrize("OC, C, N", SIZES[2:])
 def test_threads_change_no_bit(OC, C, N):
-    found, most = [], numba.config.NUMBA_NUM_THREADS
-    for threads in {1, min(2, most), most}:
+    def work():
         given = problem(OC, C, N)
-        numba.set_num_threads(threads)
-        try:
-            found.append((in_one(cpu, *given)[0], *given))
-        finally:
-            numba.set_num_threads(most)
-    for others in found[1:]:
-        assert all(map(np.array_equal, others, found[0]))
+        return in_one(cpu, *given)[0], *given
+
+    assert_threads_change_no_bit(work)
 
 
 @pytest.mark.parametrize("backend", [reference, cpu])
