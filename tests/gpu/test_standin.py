@@ -8,9 +8,7 @@ from standin import check_steps
 
 
 def test_a_step_is_recorded_once_and_replayed(on_standin):
-    """At GPT-2's size the block is reserved and hardly touched."""
-    launches, _ = check_steps(on_standin, (8, 61, 2, 2, 16), 2, 8)
-    assert launches > 20 * 2
+    """At GPT-2's size: the block is reserved and hardly touched."""
     launches, nbytes = check_steps(on_standin, (), 16, 1024)
     assert launches > 20 * 12 and 11e9 < nbytes < 12e9
 
