@@ -29,16 +29,11 @@ def gelu_of(x):
 
 
 @device
-def _gelu_slope(x):
+def gelu_back(dout, x):
     q = math.exp(-abs(SLOPE32 * x * (ONE + CUBIC32 * x * x)))
     r = ONE / (ONE + q)
     dv = SLOPE32 * (ONE + THREE * CUBIC32 * x * x)
-    return (ONE if x > ZERO else q) * r + x * dv * q * r * r
-
-
-@device
-def gelu_back(dout, x):
-    return dout * _gelu_slope(x)
+    return dout * ((ONE if x > ZERO else q) * r + x * dv * q * r * r)
 
 
 # the layer
