@@ -90,16 +90,11 @@ class Conversation:
         """The text of some messages, as the model expects it."""
         first = {"role": "system", "content": self.system}
         told = [first, *messages] if self.system else messages
-        return render_chat(self.template, told, *self._marks())
-
-    def _marks(self):
-        """The texts of the tokens that begin and end a text."""
-        decode, bos = (
-            self.encoding.decode,
-            getattr(self.encoding, "bos_token", None),
-        )
-        begin = "" if bos is None else decode([bos])
-        return begin, decode([self.encoding.eot_token])
+        decode = self.encoding.decode
+        begin = getattr(self.encoding, "bos_token", None)
+        bos = "" if begin is None else decode([begin])
+        eos = decode([self.encoding.eot_token])
+        return render_chat(self.template, told, bos, eos)
 
     def prompt(self, question, room):
         """The messages up to the answer to a question, and their tokens.

@@ -104,7 +104,7 @@ def described_config(path):
     if kind not in _KINDS:
         said.refuse("model_type", f"one of {', '.join(_KINDS)}")
     for name, values in FIXED_OF_FAMILIES.items():
-        if said.found.get(name) not in values + [None]:
+        if said.found.get(name) not in values:
             said.refuse(name, repr(values[0]))
     made = ARCHITECTURES[kind]
     acts = _ACTIVATIONS[made.feedforward]

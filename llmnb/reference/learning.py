@@ -23,7 +23,7 @@ def check_aside(weight, aside, few):
         check_array(f"{name}few", few, (rows, C), (weight.dtype,), True)
         if not -1 <= aside.min() <= aside.max() < len(few):
             raise ValueError(
-                f"matmul_learn: aside must lie in [-1, {len(few)}), the rows "
+                f"{name}aside must lie in [-1, {len(few)}), the rows "
                 f"of few, got {aside.min()} to {aside.max()}"
             )
 

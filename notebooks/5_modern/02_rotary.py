@@ -221,8 +221,8 @@ plt.show()
 # | `x` | (B, T, n hs) | queries, keys, values; the first `heads` of n heads turn |
 # | `table` | (R, hs) | of R positions: hs / 2 cosines, hs / 2 sines |
 #
-# Queries and keys lie first in a row, so that turning the first $NH + NKV$ heads
-# turns both and leaves the values. `first` is the position of the first row, for
+# A row has $NH$ heads of queries, then $NKV$ of keys and $NKV$ of values, so that
+# turning the first $NH + NKV$ heads leaves the values. `first` is the position of the first row, for
 # a model that writes and has the earlier ones in its cache. The function
 # is (5.2.2) and works in place.
 
@@ -584,7 +584,7 @@ plt.show()
 #
 # ## On a CPU
 #
-# A row of `inp` lies in memory once, and so does its row of the table: all
+# A row of `x` lies in memory once, and so does its row of the table: all
 # heads of a position turn by the same angles. A thread takes its share of the
 # rows; nothing is copied, for both channels of a pair are read before either
 # is written. The way back is the same turn with the sines' sign changed.
@@ -744,8 +744,8 @@ def rotary_backward(dx, table, heads, first=0):
 #
 # :::{admonition} Solutions to exercises 1 to 3
 # :class: dropdown
-# 1: (5.2.9) with $i = hs/2 - 1$. 2: by (5.2.4) both $t$ and $u$ grow by 100, and the
-# difference stays. 3: $4t \cdot f / 4 = t f$.
+# 1: by (5.2.9) with $i = hs/2 - 1$, after 54,410 and after 2,559,196. 2: by (5.2.4) both
+# $t$ and $u$ grow by 100, and the difference stays. 3: $4t \cdot f / 4 = t f$.
 # :::
 
 # %% exercises 1 to 3, checked tags=["hide-cell"]

@@ -225,7 +225,7 @@ verdict("norms", np.allclose(runs["norms"], runs["norms"][0]), "do not see it")
 #    {(e^x + e^{-x})^2} \\ &= 1 - \tanh^2 x . \end{aligned} \tag{5.4.5} $$
 #
 # In (5.4.4) the inner $1/c$ and the outer $c$ cancel, and by (5.4.4) again the
-# tangent is $s / c$, so that the slope needs the capped score only:
+# $\tanh$ is $s / c$, so that the slope needs the capped score only:
 #
 # $$ d\tilde s_{tu} = \Bigl( 1 - \tanh^2 \frac{\tilde s_{tu}}{c} \Bigr)\, ds_{tu}
 #    = \Bigl( 1 - \frac{s_{tu}^2}{c^2} \Bigr)\, ds_{tu} . \tag{5.4.6} $$
@@ -716,7 +716,7 @@ print(f"window: {near / whole:.2f} of the time, cap: {capped / whole:.2f}")
 # The two walks of figure 3.9.1 become shorter, and the owners stay: a block of threads
 # that owns queries begins at the first tile of keys that its first row sees, one that
 # owns keys ends at the last query that sees its last key. The rule is a constant of the
-# kernels. Where there is no cap no tangent is compiled into them, and a model of two
+# kernels. Where there is no cap no tanh is compiled into them, and a model of two
 # kinds of blocks has two sets of kernels.
 
 # %% imports of the GPU module tags=["export"] module="cuda.local"

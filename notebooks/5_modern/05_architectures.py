@@ -200,13 +200,13 @@ def modern_table(cfg):
     attention, mlp = "self_attn.{}_proj", "mlp.{}_proj"
     qkv = [("q", NH), ("k", NKV), ("v", NKV)]
     short = STD / math.sqrt(2 * cfg.num_layers)  # into the stream
-    after = cfg.post_norms
+    after, normed = cfg.post_norms, "qk" if cfg.qk_norm else ""
     second = "pre_feedforward" if after else "post_attention"
     return [
         *_token_tables(cfg),
         _gain(cfg, "ln1w", "input_layernorm", C),
         _matrix("qkvw", attention, qkv, C),
-        *_gains_of_heads(cfg),
+        *[_gain(cfg, f"{x}normw", f"self_attn.{x}_norm", hs) for x in normed],
         _matrix("attprojw", attention, [("o", C)], NH, short),
         *[_gain(cfg, "post1w", "post_attention_layernorm", C)] * after,
         _gain(cfg, "ln2w", f"{second}_layernorm", C),
@@ -235,15 +235,6 @@ def _gain(cfg, name, there, size):
     start, stacked = 1.0 - cfg.offset, name != "lnfw"
     how = {"stacked": stacked, "added": True, "start": start}
     return Tensor(name, (size,), f"model.{there}.weight", **how)
-
-
-def _gains_of_heads(cfg):
-    if not cfg.qk_norm:
-        return []
-    return [
-        _gain(cfg, f"{x}normw", f"self_attn.{x}_norm", cfg.head_size)
-        for x in ("q", "k")
-    ]
 
 
 def _matrix(name, there, pieces, ins, std=STD):

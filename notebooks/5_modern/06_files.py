@@ -36,9 +36,9 @@
 #
 # ## A configuration a family
 #
-# What a user sets is a field: sizes, the base of rotation, a window. What makes a
-# family itself is a class attribute, which no file and no caller changes. All
-# inherit Llama's fields and checks, and each says only what it has of its own.
+# What a user sets is a field, what makes a family itself an attribute of the class
+# (chapter 5.5). All inherit Llama's fields and checks, and each says only what it
+# has of its own.
 #
 # To GPT-2's five numbers `LlamaConfig` adds the heads of keys, the size of a head
 # and the hidden width. Left out, they are as many as the heads of queries, $C/NH$,
@@ -448,7 +448,7 @@ def described_config(path):
     if kind not in _KINDS:
         said.refuse("model_type", f"one of {', '.join(_KINDS)}")
     for name, values in FIXED_OF_FAMILIES.items():
-        if said.found.get(name) not in values + [None]:
+        if said.found.get(name) not in values:
             said.refuse(name, repr(values[0]))
     made = ARCHITECTURES[kind]
     acts = _ACTIVATIONS[made.feedforward]

@@ -680,7 +680,7 @@ plt.show()
 # This model is small, and its new text is another language, so its token table
 # would have to move, which no small road does: the whole wins by far. For a
 # large model that learns a manner and not a language the gap is much smaller,
-# as the papers below measured.
+# as the papers under *Further reading* measured.
 #
 # ## Keep, or merge
 #
@@ -714,13 +714,13 @@ def adapter_settings(path):
 
     Raises ValueError, naming the file, when it is no such file.
     """
-    return {
-        name: x for name, x in _read_record(path).items() if name != "model"
-    }
+    record = _read_record(path, TensorFile(path))
+    del record["model"]
+    return record
 
 
-def _read_record(path, file=None):
-    note = (file or TensorFile(path)).metadata
+def _read_record(path, file):
+    note = file.metadata
     try:
         if note.get("format") != ADAPTERS:
             raise ValueError(f"its format must be {ADAPTERS!r}")
@@ -750,8 +750,7 @@ def load_adapters(path, model):
         if name not in file.names:
             raise ValueError(f"{path}: has no {name}")
         found[name] = file[name]
-        label = f"{path}: {name}"
-        check_fit(label, found[name], x.shape, FLOATS)
+        check_fit(f"{path}: {name}", found[name], x.shape, FLOATS)
     if wrong := first_not_finite(found):
         raise ValueError(f"{path}: {wrong}")
     for name, x in model.adapters.items():

@@ -65,7 +65,7 @@ from llmnb.book.verify import compare, verdict
 # and the gradient of their output, which was made with the old $w$, but $w$ itself is
 # never read again in this step. And AdamW computes each parameter from its own
 # value, gradient and averages only, so the order in which tensors learn cannot
-# matter. (A tied table, which is used twice, comes below.) So without clipping the two
+# matter. (A tied table, which is used twice, comes later.) So without clipping the two
 # loops
 #
 # $$ \begin{aligned} &\text{for all } w, \text{ from the last: } dw \\
@@ -110,7 +110,7 @@ def check_aside(weight, aside, few):
         check_array(f"{name}few", few, (rows, C), (weight.dtype,), True)
         if not -1 <= aside.min() <= aside.max() < len(few):
             raise ValueError(
-                f"matmul_learn: aside must lie in [-1, {len(few)}), the rows "
+                f"{name}aside must lie in [-1, {len(few)}), the rows "
                 f"of few, got {aside.min()} to {aside.max()}"
             )
 
