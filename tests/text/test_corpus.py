@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fuzz import packed, refused
-from large import TEXT, large_encoding
 from processes import served
 
 from llmnb.text import corpus, data, reader, tokenizer
@@ -488,22 +487,6 @@ def test_documents_become_tokens():
     assert one.tolist() == [256, *EOT.encode()]
     with pytest.raises(ValueError, match="there are no documents"):
         corpus.encode_documents(encoding, [])
-
-
-def test_many_documents_keep_their_order():
-    documents = [f"{n}, " for n in range(1000)]
-    encoding = tokenizer.train("".join(documents), 300)
-    tokens = corpus.encode_documents(encoding, documents)
-    assert encoding.decode(tokens) == "".join(EOT + x for x in documents)
-
-
-def test_a_large_vocabulary_has_tokens_of_four_bytes():
-    encoding = large_encoding()
-    assert encoding.n_vocab == 70_000
-    tokens = corpus.encode_documents(encoding, ["abc", TEXT])
-    assert tokens.dtype == np.uint32
-    assert tokens.max() == tokens[0] == 69_999 > 65_536
-    assert encoding.decode(tokens.tolist()) == f"{EOT}abc{EOT}{TEXT}"
 
 
 def test_tinyshakespeare_is_llm_c_s(gpt2):
