@@ -14,7 +14,13 @@ from llmnb.formats import vocabulary
 from llmnb.formats.checkpoint import write_folder
 from llmnb.formats.foreign import Foreign, open_foreign
 from llmnb.formats.letters import byte_letters
-from llmnb.formats.vocabulary import open_encoding, read_tokenizer, read_vocab
+from llmnb.formats.vocabulary import (
+    open_encoding,
+    read_tokenizer,
+    read_tokenizer_json,
+    read_vocab,
+    tokenizer_of,
+)
 from llmnb.model.gpt2 import GPT2
 from llmnb.text import tokenizer
 from llmnb.text.bpe import from_tokens
@@ -210,7 +216,7 @@ def tokenizer_json(folder, encoding, before=(), behind=(), change=""):
 @pytest.mark.parametrize("change", ["lower", "prefix"])
 def test_a_tokenizer_json_that_cuts_otherwise(tmp_path, trained, change):
     path = tokenizer_json(tmp_path, trained, change=change)
-    refused("json: cuts or merges", vocabulary.read_tokenizer_json, path)
+    refused("json: cuts or merges", read_tokenizer_json, path)
 
 
 def test_a_number_without_a_token(tmp_path, trained):
@@ -220,8 +226,7 @@ def test_a_number_without_a_token(tmp_path, trained):
     vocab = found["model"]["vocab"]
     vocab["<|endoftext|>"] = found["added_tokens"][0]["id"] = 270
     path.write_text(json.dumps(found), "utf-8")
-    says = "must number its tokens 0, 1, 2"
-    refused(says, vocabulary.read_tokenizer_json, path)
+    refused("must number its tokens 0, 1, 2", read_tokenizer_json, path)
 
 
 def test_a_tokenizer_json_of_another_kind(tmp_path):
@@ -229,9 +234,7 @@ def test_a_tokenizer_json_of_another_kind(tmp_path):
     path = tmp_path / "tokenizer.json"
     made = library.Tokenizer(library.models.WordPiece({"a": 0, "[UNK]": 1}))
     made.save(str(path))
-    refused(
-        "must be a BPE .*, is WordPiece", vocabulary.read_tokenizer_json, path
-    )
+    refused("must be a BPE .*, is WordPiece", read_tokenizer_json, path)
     refused("tokenizer.json: no eos_token in", open_encoding, path)
     said = json.dumps({"eos_token": "[UNK]"})
     (tmp_path / "tokenizer_config.json").write_text(said)
@@ -267,25 +270,19 @@ def test_what_lies_beside_the_weights_is_taken(tmp_path, trained):
     with pytest.raises(OSError, match="holds none of tokenizer"):
         open_encoding(tmp_path)
     for path in (tmp_path, weights):
-        refused(
-            "which tokenizer.*--tokenizer g",
-            vocabulary.tokenizer_of,
-            path,
-            258,
-        )
+        refused("which tokenizer.*--tokenizer g", tokenizer_of, path, 258)
         # as many tokens as GPT-2's say nothing
-        refused("which tokenizer", vocabulary.tokenizer_of, path, 50257)
-    for name, write in {
-        "gpt2_tokenizer.bin": lambda path: vocabulary.write_tokenizer(
-            path, trained
-        ),
-        "tokenizer.json": lambda path: path.write_text("{}"),
-        "vocab.json": lambda _: own_files(tmp_path, trained),
-        "tokenizer.tiktoken": lambda path: tokenizer.save(trained, path),
-    }.items():
-        write(tmp_path / name)
+        refused("which tokenizer", tokenizer_of, path, 50257)
+    writers = {
+        "gpt2_tokenizer.bin": WRITERS["t.bin"],
+        "tokenizer.json": lambda path, _: path.write_text("{}"),
+        "vocab.json": lambda _, encoding: own_files(tmp_path, encoding),
+        "tokenizer.tiktoken": WRITERS["tokenizer.tiktoken"],
+    }
+    for name, write in writers.items():
+        write(tmp_path / name, trained)
         for path in (tmp_path, weights):
-            assert vocabulary.tokenizer_of(path, 258) == str(tmp_path / name)
+            assert tokenizer_of(path, 258) == str(tmp_path / name)
         if name != "tokenizer.json":
             got = open_encoding(str(tmp_path))
             assert got.encode_ordinary("low") == trained.encode_ordinary("low")
@@ -295,14 +292,9 @@ def test_what_lies_beside_the_weights_is_taken(tmp_path, trained):
 def test_llm_cs_models_have_gpt2s_tokens(tmp_path, rows):
     path = tmp_path / "gpt2_124M.bin"
     path.write_bytes(b"")
-    assert vocabulary.tokenizer_of(path, rows) == "gpt2"
+    assert tokenizer_of(path, rows) == "gpt2"
     for other in (50256, 50305, 257):
-        refused(
-            "gpt2_124M.bin: which tokenizer",
-            vocabulary.tokenizer_of,
-            path,
-            other,
-        )
+        refused("gpt2_124M.bin: which tokenizer", tokenizer_of, path, other)
 
 
 # the tokenizer
@@ -358,6 +350,5 @@ def test_a_decoder_without_an_encoder(tmp_path, tokens, says):
     path = tmp_path / "t.bin"
     path.write_bytes(tokenizer_bin(tokens, 0))
     assert read_tokenizer(path) == (tokens, 0)
-    refused(
-        "t.bin: EOT must be the last token", vocabulary.read_encoding, path
-    )
+    says = "t.bin: EOT must be the last token"
+    refused(says, vocabulary.read_encoding, path)
