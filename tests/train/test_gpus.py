@@ -123,19 +123,6 @@ def test_a_whole_step_has_the_bits_of_its_parts(standin, monkeypatch):
         assert one[0] == other[0] and np.array_equal(one[1], other[1])
 
 
-def test_an_order_of_the_sum_that_is_wrong_is_seen(one, standin, monkeypatch):
-    """Rank after rank has other bits: so the tests before could fail."""
-
-    def hasty(held):
-        rows = [i * len(held) + r for r, x in enumerate(held)
-                for i in range(len(x))]  # fmt: skip
-        return np.array([(x, k > 0) for k, x in enumerate(rows)], np.int32)
-
-    monkeypatch.setattr(gpus, "tree_order", lambda x: hasty(x).reshape(-1))
-    found = rehearse(2, lambda group: steps(group, over="nccl"))
-    assert not np.array_equal(found[0][1], one[1])
-
-
 @pytest.mark.parametrize(("count", "ranks"), [(1, 1), (5, 5), (12, 2), (7, 3)])
 def test_the_kernel_adds_as_the_tree(count, ranks):
     rng = np.random.default_rng(count)

@@ -219,17 +219,12 @@ def test_a_rank_that_ends_ends_all(program, words, args):
     ({}, ["--seed", "7"], "another seed than rank 0: 7, not 42"),
     ({"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}, [],
      "another NUMBA_CPU_FEATURES than rank 0"),
-    ({}, ["--limit", "20000"], "another limit than rank 0"),
 ])  # fmt: skip
 def test_ranks_that_differ_are_refused(where, more, words, args, tmp_path):
+    """By what they were asked for, and by what their processes are."""
     said = refused((1, {}, args), (1, where, [*args, *more]))
     assert "rank 1 on" in said and words in said
     assert not (tmp_path / "a" / "config.json").exists()
-
-
-def test_a_number_that_does_not_divide_is_refused(args):
-    said = refused((3, {}, args))
-    assert "a multiple of 96 tokens (3 batches of 32)" in said
 
 
 def test_an_mpi_of_one_thread_is_refused(args, tmp_path):
