@@ -167,7 +167,8 @@ def open_page(page, path):
 #
 # A PDF's link to a place in it needs a name for the place. Chromium writes one for
 # each place that the page itself links to. Other chapters link here too: for those we
-# add links that nobody sees, and take them away later.
+# add links that nobody sees, and take them away later. And every chapter has a place
+# named *setup*; so before it is printed, a place gets its page's path before its name.
 
 # %% imports of the PDF tags=["export"] module="book.pdf"
 import io
@@ -177,7 +178,7 @@ import sys
 from html import escape
 from itertools import groupby
 from typing import Any, NamedTuple
-from urllib.parse import unquote, urldefrag
+from urllib.parse import unquote
 
 from llmnb.book.pages import (
     BUILT,
@@ -215,32 +216,42 @@ FIT = """() => {
         if (share < 0.999) x.style.zoom = share;
     }
 }"""
-# links to these places, which nobody sees; returns the page's sections
-PLACES = """ids => {
-    for (const id of ids) {
+# marks the places that the page links to, and these others, by names that
+# begin with the page's path; links to the others, unseen; returns the sections
+PLACES = """([page, ids]) => {
+    const article = document.querySelector("article");
+    const named = id => id ? page + "#" + id : page;
+    const own = [...article.querySelectorAll("a[href^='#']")];
+    const links = own.map(x => [x, decodeURIComponent(x.hash.slice(1))]);
+    for (const id of new Set([...links.map(x => x[1]), ...ids, ""])) {
+        const mark = document.createElement("span");
+        mark.id = named(id);
+        mark.style.position = "absolute";
+        (id ? document.getElementById(id) : article)?.prepend(mark);
+    }
+    for (const [link, id] of links) link.href = "#" + named(id);
+    for (const id of ["", ...ids]) {
         const link = document.createElement("a");
-        link.href = "#" + id;
+        link.href = "#" + named(id);
         link.className = "place";
         link.textContent = ".";
         document.body.append(link);
     }
-    return [...document.querySelectorAll("article section > h2")].map(
-        x => [x.parentElement.id, x.textContent.replace(/#$/, "").trim()]);
+    return [...article.querySelectorAll("section > h2")].map(x =>
+        [named(x.parentElement.id), x.textContent.replace(/#$/, "").trim()]);
 }"""
 
 
 class Sheets(NamedTuple):
     """A printed page of the book.
 
-    first: the number of its first sheet. places: dict from a place's name to
-    its sheet, counted from 0, and its height on it. sections: pairs of a
-    place's name and a title.
+    first: the number of its first sheet. pdf: a PdfReader. sections: pairs
+    of a place's name and a title.
     """
 
     entry: Entry
     first: int
     pdf: Any
-    places: dict
     sections: list
 
 
@@ -260,16 +271,9 @@ def print_entry(page, built, entry, first, ids):
     open_page(page, built / entry.page)
     text = (built / entry.page).read_text("utf-8")
     own = re.findall(r'<section id="([^"]+)"', text)
-    sections = page.evaluate(PLACES, sorted({*ids, *own}))
+    sections = page.evaluate(PLACES, [entry.page, sorted({*ids, *own})])
     pdf = PdfReader(io.BytesIO(print_page(page, entry.title, first)))
-    places = {
-        unquote(name.removeprefix("/")): (
-            pdf.get_destination_page_number(x),
-            float(x.get("/Top", 0)),
-        )
-        for name, x in pdf.named_destinations.items()
-    }
-    return Sheets(entry, first, pdf, places, sections)
+    return Sheets(entry, first, pdf, sections)
 
 
 # %% [markdown]
@@ -341,52 +345,28 @@ def front_matter(built, printed, part=""):
 # %% [markdown]
 # ## All in one
 #
-# `pypdf` copies the sheets into one file. There every link is made anew: a chapter's
-# link to itself is by name, and each chapter has a place named *setup*; a link to
-# another chapter is the path of a file on the machine that printed it. Both become a
-# sheet and a height. A link to a page that is not in the edition is no link on paper.
+# `pypdf` appends one file to another, with the names of its places. A chapter's links
+# to itself stay what they are. A link to another chapter is the path of a file on the
+# machine that printed it: the path below the book's folder is the name that the place
+# was given. A link to a page that is not in the edition is no link on paper.
 
 
 # %% where a link leads tags=["exporti"] module="book.pdf"
-def place_of(link, built, own, printed):
-    """The sheet and height that a link's annotation leads to.
+def lead(link, top, places):
+    """Lead a link's annotation to its place; whether it stays a link.
 
-    own: the Sheets that it stands on. printed: dict from a page's path to its
-    Sheets. Returns "away" for a link into the web, None for one that leads
-    nowhere in this edition.
+    top: the address of the built book's folder. places: names in the edition.
     """
-    address = link.get("/A", {}).get("/URI")
-    place = str(link.get("/Dest", "")).removeprefix("/")
-    if address is not None:
-        address, place = urldefrag(str(address))
-        top = built.resolve().as_uri() + "/"
-        if not address.startswith("file:"):
-            return "away"
-        own = printed.get(unquote(address.removeprefix(top)))
-    if own is None or link["/Rect"][3] - link["/Rect"][1] < 2:
-        return None
-    sheet, height = own.places.get(unquote(place), (0, None))
-    return own.first - 1 + sheet, height
+    from pypdf.generic import NameObject, TextStringObject
 
-
-def lead(writer, links, before, built, own, printed):
-    """The annotations of a sheet, each led to its place in the whole."""
-    from pypdf.generic import ArrayObject, FloatObject, NameObject, NullObject
-
-    kept = ArrayObject()
-    for link in links:
-        a = link.get_object()
-        place = place_of(a, built, own, printed)
-        if place not in ("away", None):
-            sheet, height = place
-            top = NullObject() if height is None else FloatObject(height)
-            page = writer.pages[before + sheet].indirect_reference
-            how = [NameObject("/XYZ"), NullObject(), top, NullObject()]
-            a[NameObject("/Dest")] = ArrayObject([page, *how])
-            a.pop("/A", None)
-        if place is not None:
-            kept.append(link)
-    return kept
+    address = str(link.get("/A", {}).get("/URI", ""))
+    if address.startswith("file:"):
+        name = unquote(address.removeprefix(top))
+        if name not in places:
+            return False
+        link[NameObject("/Dest")] = TextStringObject(name)
+        del link["/A"]
+    return link["/Rect"][3] - link["/Rect"][1] > 2  # else one of PLACES
 
 
 # %% [markdown]
@@ -403,35 +383,31 @@ def add_outline(writer, before, printed):
     for caption, chapters in groupby(printed, key=lambda x: x.entry.part):
         parent = None
         for x in chapters:
-            start = before + x.first - 1
+            start, places = before + x.first - 1, x.pdf.named_destinations
             if caption and parent is None:
                 parent = add(title=caption, page_number=start)
-            chapter = add(
-                title=x.entry.title, page_number=start, parent=parent
-            )
+            what = {"title": x.entry.title, "parent": parent}
+            chapter = add(page_number=start, **what)
             for name, title in x.sections:
-                sheet, height = x.places.get(name, (0, None))
-                how = {"parent": chapter, "fit": Fit.xyz(top=height)}
-                add(title=title, page_number=start + sheet, **how)
+                place = places[f"/{name}"]
+                sheet = start + x.pdf.get_destination_page_number(place)
+                how = {"parent": chapter, "fit": Fit.xyz(top=place.top)}
+                add(title=title, page_number=sheet, **how)
 
 
 def merge(front, printed, built):
     """One PDF of the front matter, a PdfReader, and a list of Sheets."""
     from pypdf import PdfWriter
-    from pypdf.generic import NameObject, TextStringObject
+    from pypdf.generic import ArrayObject, NameObject, TextStringObject
 
     writer, before = PdfWriter(), len(front.pages)
-    first = Sheets(printed[0].entry, 1 - before, front, {}, [])
-    for x in [first, *printed]:
-        for sheet in x.pdf.pages:
-            writer.add_page(sheet)
-    pages = {x.entry.page: x for x in printed}
-    for x in [first, *printed]:
-        start = before + x.first - 1
-        for sheet in writer.pages[start : start + len(x.pdf.pages)]:
-            links = sheet.get("/Annots", [])
-            kept = lead(writer, links, before, built, x, pages)
-            sheet[NameObject("/Annots")] = kept
+    for pdf in [front, *(x.pdf for x in printed)]:
+        writer.append(pdf, import_outline=False)
+    top, places = built.resolve().as_uri(), {*writer.named_destinations}
+    for sheet in writer.pages:
+        links = sheet.get("/Annots", [])
+        kept = [x for x in links if lead(x.get_object(), top, places)]
+        sheet[NameObject("/Annots")] = ArrayObject(kept)
     add_outline(writer, before, printed)
     writer.add_metadata({"/Title": TITLE})
     writer.root_object[NameObject("/Lang")] = TextStringObject("en")
