@@ -15,7 +15,7 @@
 # > A room of layers and eleven short answers are all that a model needs to run on a
 # > machine of another kind.
 #
-# *Reading time: 11 minutes. You need: the model
+# *Reading time: 14 minutes. You need: the model
 # ([chapter 1.17](../1_by_hand/17_model.ipynb)).*
 
 # %% [markdown]
@@ -270,6 +270,7 @@ for x in model.grads.values():
 for function, given in calls:
     function(*given)
 same = map(np.array_equal, model.grads.values(), want)
+record, step_grads = calls, model.grads
 verdict("all gradients", all(same), "are the same bits")
 
 # %% [markdown]
@@ -319,6 +320,83 @@ verdict("their twins", calls["layernorm_backward"] == 2 * 3 + 1, "are 7")
 # - A precision is a property of a backend: one table says who has which.
 # - What is the same in every step is asked once, and what came of it is replayed.
 #
+# ## Exercises
+#
+# **1** (★). How often does a model of $L$ blocks call `matmul_backward` in a step?
+#
+# :::{admonition} Solution to exercise 1
+# :class: dropdown
+# Once for each product of the forward pass: four times a block, and once for the
+# logits, $4L + 1$.
+# :::
+
+# %% exercise 1, checked tags=["hide-cell"]
+backward = calls["matmul_backward"]
+verdict("exercise 1", backward == 4 * cfg.num_layers + 1, "are 4 L + 1")
+
+# %% [markdown]
+# **2** (★★). Give the model another bend than GELU: $x^2$ where $x$ is positive, and 0
+# elsewhere. Write the two functions, put them into a room, and prove one element of
+# a gradient by a central difference.
+#
+# :::{admonition} Solution to exercise 2
+# :class: dropdown
+# The slope is $2 \max(x, 0)$. `gelu_backward` adds to `dinp`, unless it is told to
+# overwrite. The model in float64 has a loss that is exact enough to be differenced.
+# :::
+
+# %% exercise 2 tags=["hide-cell"]
+
+
+def square_forward(out, inp):
+    out[...] = np.maximum(inp, 0) ** 2
+
+
+def square_backward(dinp, dout, inp, add=True):
+    grad = dout * 2 * np.maximum(inp, 0)
+    dinp[...] = dinp + grad if add else grad
+
+
+def loss_of(model):
+    return model.forward(tokens, tokens)
+
+
+bent = GPT2(cfg, 2, 8, backend="reference", precision="fp64")
+layers = {"gelu_forward": square_forward, "gelu_backward": square_backward}
+bent.ops = SimpleNamespace(**vars(reference) | layers)
+for w in bent.params.values():
+    w *= 5  # so that the bend matters
+
+# %% exercise 2, checked tags=["hide-cell"]
+loss_of(bent)
+bent.backward()
+weight, found = bent.params["fcw"], bent.grads["fcw"][0, 0, 0]
+sides = []
+for step in (1e-5, -2e-5):
+    weight[0, 0, 0] += step
+    sides.append(loss_of(bent))
+slope = (sides[0] - sides[1]) / 2e-5
+verdict("the gradient", abs(slope / found - 1) < 1e-5, "is the difference's")
+
+# %% [markdown]
+# **3** (★★). In the record of the small model some fills write zeros. Why must these calls
+# be in it, and what would a replay without them leave in the gradients?
+#
+# :::{admonition} Solution to exercise 3
+# :class: dropdown
+# Layers add to some gradients. Without the fills these would still hold those of the
+# step before, and be the sum of both.
+# :::
+
+# %% exercise 3, checked tags=["hide-cell"]
+for _ in range(2):
+    for function, given in record:
+        if function.__name__ != "fill":
+            function(*given)
+stale = map(np.array_equal, step_grads.values(), want)
+verdict("exercise 3", not all(stale), "other gradients")
+
+# %% [markdown]
 # ## What llmnb gained
 
 # %% what llmnb gained
