@@ -569,6 +569,42 @@ for name, got, x in zip(("capped", "gradient"), found, want, strict=True):
 # - A gradient can take the place of what it is computed from, if each number is
 #   read before it is overwritten.
 #
+# ## Exercises
+#
+# **1** (★). How many floats of scratch does the GPU's backward pass want for 4,096 rows
+# and heads of 128 channels? For twice the rows?
+#
+# :::{admonition} Solution to exercise 1
+# :class: dropdown
+# Two kinds of head, 64 blocks each, eight warps a block, 128 channels: 131,072. The
+# same for twice the rows: there are no more than 64 blocks.
+# :::
+
+# %% exercise 1, checked tags=["hide-cell"]
+from llmnb.cuda.headnorm import headnorm_scratch
+
+found = [headnorm_scratch(rows, 128) for rows in (4096, 8192)]
+verdict("exercise 1", found == [2 * 64 * 8 * 128] * 2, "is as derived")
+
+# %% [markdown]
+# **2** (★★). Suppose that the CPU's backward pass cut the rows into as many parts as
+# there are threads. Show with 1,000 numbers what that does to a sum.
+#
+# :::{admonition} Solution to exercise 2
+# :class: dropdown
+# Sums of 1, 2, 4 and 8 parts have different last bits: the numbers are added in
+# another order.
+# :::
+
+# %% exercise 2, checked tags=["hide-cell"]
+numbers = rng.normal(size=1000).astype("f4")
+sums = set()
+for parts in (1, 2, 4, 8):
+    each = [np.cumsum(x)[-1] for x in np.array_split(numbers, parts)]
+    sums.add(float(np.cumsum(each)[-1]))
+verdict("exercise 2", len(sums) > 1, "the bits differ")
+
+# %% [markdown]
 # ## What llmnb gained
 
 # %% what llmnb gained
