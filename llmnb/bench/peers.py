@@ -600,12 +600,11 @@ def main(argv=None):
             print(json.dumps(answer), file=out, flush=True)
 
         try:
-            try:
-                contestant = CONTESTANTS[spec["kind"]](spec)
-            except NotImplementedError as why:
-                return reply({"unmeasured": str(why)})
+            contestant = CONTESTANTS[spec["kind"]](spec)
             reply({"ready": True})
             serve(*contestant, sys.stdin, reply)
+        except NotImplementedError as why:
+            reply({"unmeasured": str(why)})
         except ImportError as error:
             other = f"{sys.executable}: name another with --torch-python"
             reply({"error": f"{error} in {other}"})

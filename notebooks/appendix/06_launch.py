@@ -864,6 +864,42 @@ for body in (copy1, copy4):
 # globals, which must follow closures and called functions as well.
 
 # %% [markdown]
+# ## Exercises
+#
+# **1** (★★). Write `add_one` once more, with vectors of four. How many requests
+# of warps do the two kernels make for 300 numbers?
+#
+# :::{admonition} Solution to exercise 1
+# :class: dropdown
+# 300 threads are 10 warps, the last of them in part, and each warp makes a
+# request to read and one to write: 20. With vectors 75 threads are enough, in 3
+# warps: 6 requests. That 300 is a multiple of four we have used.
+# :::
+
+
+# %% exercise 1, a solution tags=["hide-cell"]
+@kernel
+def add_one4(out, inp, n):
+    i = cuda.grid(1) * 4
+    if i < n:
+        a, b, c, d = load4(inp, i)
+        one = np.float32(1)
+        store4(out, i, a + one, b + one, c + one, d + one)
+
+
+# %% exercise 1, checked tags=["hide-cell"]
+from llmnb.book.verify import verdict
+from llmnb.gpu.simulator import watch
+
+numbers = np.arange(300, dtype=np.float32)
+for each, blocks, requests in ((add_one, 3, 20), (add_one4, 1, 6)):
+    inp, out = simulated(numbers), simulated(np.empty_like(numbers))
+    with watch() as seen:
+        each[blocks, 128](out, inp, 300)
+    compare(each.__name__, to_host(out), numbers + 1, tol=1e-7)
+    verdict("requests", seen.requests == requests, str(requests))
+
+# %% [markdown]
 # ## Further reading
 #
 # - [PTX ISA](https://docs.nvidia.com/cuda/parallel-thread-execution/), NVIDIA:

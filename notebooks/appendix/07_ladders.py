@@ -728,6 +728,53 @@ for number in range(1, 1 + len(ladder.versions)):
 # - The least work is that of the arguments: each array read or written once.
 
 # %% [markdown]
+# ## Exercises
+#
+# **1** (★). How many bytes must the backward pass of GELU move at least, at the
+# sizes `TINY`?
+#
+# :::{admonition} Solution to exercise 1
+# :class: dropdown
+# `inp` and `dout` are read, `dinp` is read and written, for it is added to: four
+# times an array of 2 · 5 · 128 numbers of 4 bytes, 20,480 bytes.
+# :::
+
+# %% exercise 1, checked tags=["hide-cell"]
+ladder = ladder_named("gelu_backward")
+least = ladder.least_bytes(ladder.draw(TINY))
+verdict("GELU backward", least == 4 * (2 * 5 * 128) * 4, "20,480 bytes")
+
+# %% [markdown]
+# **2** (★★). A version of LayerNorm forgets the last sequence of the batch, and
+# so it is fast. Write it, and see what `judge` says of it.
+#
+# :::{admonition} Solution to exercise 2
+# :class: dropdown
+# It calls the right version with the batch cut short. What is only written is
+# drawn as NaN, so what nobody has written is not finite.
+# :::
+
+
+# %% exercise 2, a solution tags=["hide-cell"]
+class Forgetful(Ladder):
+    def function(self, version):
+        right = super().function(version)
+
+        def layer(out, mean, rstd, inp, weight, bias):
+            short = (x[:-1] for x in (out, mean, rstd, inp))
+            right(*short, weight, bias)
+
+        return layer
+
+
+# %% exercise 2, checked tags=["hide-cell"]
+for kind in (Ladder, Forgetful):
+    ladder = kind(*ladder_named("layernorm_forward"))
+    said = judge(ladder, len(ladder.versions), TINY, simulated)
+    print(f"{kind.__name__}: {said or 'right'}")
+verdict("it", said == "out is not finite everywhere", "is found")
+
+# %% [markdown]
 # ## What llmnb gained
 
 # %% what llmnb gained

@@ -573,6 +573,41 @@ with tempfile.TemporaryDirectory() as place:
 # - Free memory is what the smallest of the limits leaves, not what is unused.
 
 # %% [markdown]
+# ## Exercises
+#
+# **1** (★★). Write the line above a layer `outer(out, a, b)` that writes
+# $a_i b_j$ into `out`. Which mistake does it find if `a` has 2 numbers and `b` 3,
+# and when can it not find it?
+#
+# :::{admonition} Solution to exercise 1
+# :class: dropdown
+# `"N M!, N, M"`. Exchange `a` and `b`, and the sizes are at odds with those of
+# `out`. Where both have the same number of elements, all shapes fit: a line
+# of shapes knows sizes, and not meanings.
+# :::
+
+
+# %% exercise 1, a solution tags=["hide-cell"]
+@shapes("N M!, N, M")
+def outer(out, a, b):
+    out[...] = a[:, None] * b
+
+
+# %% exercise 1, checked tags=["hide-cell"]
+def exchanged(a, b):
+    """What is said when the two are given in the other order."""
+    try:
+        outer(np.empty((len(a), len(b)), np.float32), b, a)
+    except ValueError as error:
+        return str(error)
+    return "nothing"
+
+
+two, three = np.ones(2, np.float32), np.ones(3, np.float32)
+print("2 and 3:", exchanged(two, three))
+print("3 and 3:", exchanged(2 * three, three))
+
+# %% [markdown]
 # ## What llmnb gained
 
 # %% what llmnb gained

@@ -967,6 +967,52 @@ verdict("gradients", close < 1e-12, "those of the text once")
 # would take the others along.
 
 # %% [markdown]
+# ## Exercises
+#
+# **1** (★★). A kernel exchanges the targets of two rows of the batch. Does a
+# batch of equal rows show it? Does one whose rows differ?
+#
+# :::{admonition} Solution to exercise 1
+# :class: dropdown
+# Equal rows are the same after the exchange, so their gradients are too. Only
+# rows that differ show it, and therefore the small model has such rows.
+# :::
+
+
+# %% exercise 1, a solution tags=["hide-cell"]
+def exchange_shows(batch):
+    """Whether the gradients change when rows exchange their targets."""
+    found = []
+    for targets in (batch[1], batch[1][::-1]):
+        three.forward(batch[0], targets)
+        three.backward()
+        found.append({k: x.copy() for k, x in three.grads.items()})
+    right, wrong = found
+    return any(np.abs(right[k] - x).max() > 1e-12 for k, x in wrong.items())
+
+
+# %% exercise 1, checked tags=["hide-cell"]
+other = np.random.default_rng(1).integers(0, 61, (2, 3, 8))
+equal = np.tile(batch, (1, 3, 1))
+verdict("equal rows", not exchange_shows(equal), "do not show it")
+verdict("other rows", exchange_shows(other), "do")
+
+# %% [markdown]
+# **2** (★). The free memory of a GPU is half of what a training step of GPT-2
+# needs with 16 sequences, and no byte more. How many sequences get a step?
+#
+# :::{admonition} Solution to exercise 2
+# :class: dropdown
+# Four. The weights, their gradients and AdamW's two numbers for each take the
+# same for any batch, so 8 sequences need more than half of what 16 do.
+# :::
+
+# %% exercise 2, checked tags=["hide-cell"]
+needs = partial(model_bytes, GPT2Config(), 1024)
+fits = fitting_batch(16, needs, needs(16) // 2)
+verdict("half the memory", fits == 4, "a quarter of the batch")
+
+# %% [markdown]
 # ## What llmnb gained
 
 # %% what llmnb gained
