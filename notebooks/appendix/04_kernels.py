@@ -950,6 +950,57 @@ verdict("the loss", helped[1] == alone[1], "the same bits")
 # LLVM, by which the folder is named.
 
 # %% [markdown]
+# ## Exercises
+#
+# **1** (★). Four threads share 10 elements. Which does each get? By how many can
+# two shares differ, whatever the numbers?
+#
+# :::{admonition} Solution to exercise 1
+# :class: dropdown
+# 0 and 1; 2 to 4; 5 and 6; 7 to 9. A share ends where the next one begins, and
+# each is $n / p$ long, rounded up or down: two differ by one at most.
+# :::
+
+# %% exercise 1, checked tags=["hide-cell"]
+print([(x.start, x.stop) for x in (share(10, k, 4) for k in range(4))])
+for size, parts in ((10, 4), (3, 8), (1000, 7)):
+    shares = [range(size)[share(size, k, parts)] for k in range(parts)]
+    every = [i for mine in shares for i in mine] == [*range(size)]
+    even = max(map(len, shares)) - min(map(len, shares)) <= 1
+    verdict(f"{size} by {parts}", every and even, "each once, and even")
+
+# %% [markdown]
+# **2** (★★). Each thread adds up its share of a float32 array into a place of its
+# own, and Python adds the places. What is wrong with that in this book? Show it.
+#
+# :::{admonition} Solution to exercise 2
+# :class: dropdown
+# Where the shares end depends on the number of threads, and so does the order
+# of the additions, and the last bits of the sum. The book's kernels reduce each
+# element in one order, on one thread. Here two threads, and one, by hand:
+# $2^{24} + 1 + 1$ is $2^{24}$ from the left, and two more if $1 + 1$ comes first.
+# :::
+
+
+# %% exercise 2, a solution tags=["hide-cell"]
+def summed(x, parts):
+    """The sum of the sums of all shares, in float32."""
+    places = np.zeros(parts, np.float32)
+    for part in range(parts):
+        for number in x[share(x.size, part, parts)]:
+            places[part] += number
+    total = np.float32(0)
+    for place in places:
+        total += place
+    return total
+
+
+# %% exercise 2, checked tags=["hide-cell"]
+x = np.array([0, 2**24, 1, 1], np.float32)
+verdict("one thread", summed(x, 1) == 2**24, "loses both ones")
+verdict("two threads", summed(x, 2) == 2**24 + 2, "keep them")
+
+# %% [markdown]
 # ## Further reading
 #
 # - Lam, Pitrou and Seibert (2015),
