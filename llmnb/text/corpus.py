@@ -108,7 +108,8 @@ def describe(names, documents, characters):
     where = " ".join(map(str, names))
     if where == "stdlib":
         where += f" (Python {'.'.join(map(str, sys.version_info[:3]))})"
-    return f"{where}: {documents:,} documents, {characters:,} characters"
+    many = "document" if documents == 1 else "documents"
+    return f"{where}: {documents:,} {many}, {characters:,} characters"
 
 
 # keep a download

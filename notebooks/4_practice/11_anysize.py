@@ -686,8 +686,8 @@ verdict("without drop", files_of("wrong") != files_of("one"), "is caught")
 # comes last, and about as many tokens at most, and one shard of $s$ tokens of
 # two bytes (four, of a vocabulary over 65,536) is being filled:
 #
-# $$ M \approx 2s + 2w \cdot (\text{1 to 8 MB}) + \text{a line of 16 MB} .
-#    \tag{4.11.2} $$
+# $$ \begin{aligned} M \approx {} & 2s + 2w \cdot (\text{1 to 8 MB}) \\
+#    & {} + \text{a line of 16 MB} . \end{aligned} \tag{4.11.2} $$
 #
 # With the default $s = 10^8$ that is 200 MB and little more, for any corpus.
 # The time is that of the encoder: $10^{10}$ tokens, some 45 GB of English, at

@@ -58,13 +58,13 @@ def test_outputs_in_the_corpus_are_not_read(done, tmp_path):
     (tmp_path / "a.txt").write_text("spam and eggs. " * 900, "utf-8")
     ask = ["train", "--corpus", ".", "--out"]
     first = done(*ask, "one", *TINY.split())
-    assert "1 documents, 13,500 characters\n" in first
+    assert "1 document, 13,500 characters\n" in first
     saved = (tmp_path / "one" / "model.bin").read_bytes()
     (tmp_path / "one" / "model.bin").unlink()
     (tmp_path / "one" / "state_00000006.safetensors").unlink()
     done("train", "--resume", "one")
     assert (tmp_path / "one" / "model.bin").read_bytes() == saved
-    size = "1 documents, 13,500 characters; passed over: runs or shards"
+    size = "1 document, 13,500 characters; passed over: runs or shards"
     assert f"{size} 1" in done(*ask, "two", *TINY.split())
     assert (tmp_path / "two" / "model.bin").read_bytes() == saved
     data = ["data", "shards", "--corpus", ".", "--tokenizer", "byte"]
@@ -126,7 +126,7 @@ def test_a_million_blanks(llmnb, done, tmp_path, trained, monkeypatch):
     text = "spam and eggs. " * 99 + " " * 1_000_000 + "end"
     (tmp_path / "a.txt").write_text(text)
     out = done("data", "out", "--corpus", "a.txt", *BYTES)
-    assert "1 documents, 1,001,488 characters" in out
+    assert "1 document, 1,001,488 characters" in out
     ask = TINY.replace("--limit 30000", "--corpus a.txt").split()
     done("train", "--out", "run", *ask)
     cheap = lambda model, tokens, *_: [tokens[1:] * 0]  # noqa: E731

@@ -187,7 +187,7 @@ def test_characters_are_escaped(llmnb, trained, tmp_path, monkeypatch):
     ask = [*TINY.split(), "--sample-every", 2]
     code, raw = bytes_of("train", "--corpus", "\u4e2d.txt", *ask)
     assert code == 0
-    assert b"corpus     \\u4e2d.txt: 1 documents" in raw
+    assert b"corpus     \\u4e2d.txt: 1 document" in raw
     assert b"after 2 steps:" in raw and b"wrote      runs" in raw
 
 

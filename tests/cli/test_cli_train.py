@@ -120,7 +120,7 @@ def test_a_second_interrupt_stops_at_once(llmnb, done, tmp_path, monkeypatch):
 def test_resume_with_a_text_that_has_moved(done, failed, tmp_path):
     (tmp_path / "a.txt").write_text("spam and eggs, " * 900)
     out = done("train", "--corpus", "a.txt", *TINY.split())
-    assert "a.txt: 1 documents, 13,500 characters" in out
+    assert "a.txt: 1 document, 13,500 characters" in out
     shutil.move("runs/a", "a")
     done("data", "here", "--corpus", "a.txt", "--tokenizer", "byte")
     done("train", "--out", "b", "--shards", "here", *TINY.split())
