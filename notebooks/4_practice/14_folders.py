@@ -235,7 +235,8 @@ final = steps[-1].val_loss
 verdict("sixty steps", final < steps[0].val_loss - 0.5, "have been worth it")
 
 # %% [markdown]
-# *Figure 4.14.1. Sixty steps of a small run, as its folder shows them.*
+# *Figure 4.14.1. Sixty steps of a small run, as its folder shows them: batches
+# scatter, and the validation loss has fallen by more than half a nat.*
 
 # %% [markdown]
 # ## Keep the run
@@ -249,7 +250,8 @@ verdict("sixty steps", final < steps[0].val_loss - 0.5, "have been worth it")
 # | `config.json` | the `TrainConfig`, the corpus, the landmarks, versions |
 # | `log.csv` | one line for every `Step` |
 # | `loss.png` | figure 4.14.1 |
-# | `model.bin` | the weights, in the format of [chapter 4.2](02_checkpoints.ipynb) |
+# | `model.bin` | the weights, in the format of [chapter 4.2](02_checkpoints.ipynb); `model.safetensors` where the model is no GPT-2 |
+# | `sample.txt` | a text that the model wrote, from `llmnb train` ([chapter 4.24](24_train.ipynb)) |
 # | `state_*.safetensors` | what it takes to go on; see [chapter 4.15](15_states.ipynb) |
 # | `tokenizer.tiktoken` | the tokenizer's ranks |
 #

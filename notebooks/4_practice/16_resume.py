@@ -633,7 +633,8 @@ for name, forget in ITEMS.items():
 # not tell the two apart.)
 #
 # Now the other dangers. A disk that fills up while a state is written, at
-# any byte of it; a bit that flips on the disk; a text that has changed.
+# fifty places and more along the file; a bit that flips on the disk; a text
+# that has changed.
 
 # %% a disk with so many bytes left
 import errno

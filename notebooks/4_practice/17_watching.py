@@ -171,8 +171,8 @@ def run_table(logs):
 
 
 # %% [markdown]
-# We make up two runs to try it: the second learns twice as fast, and the row
-# it was writing when it stopped is cut off.
+# We make up two runs to try it: the second learns twice as fast, and in both
+# logs the line of the last row has no end, so that row does not count.
 
 # %% two runs, made up
 from llmnb.train.drawing import smooth
