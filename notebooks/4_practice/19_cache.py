@@ -271,7 +271,7 @@ for n in (16, 128, 1024):
 # the weight's own order, (OC, C), these are C numbers apart. Chapter 2.4 packs
 # them into panels for this reason, on each call, and with one row the packing
 # costs more than the product. But while a model writes, its weights do not
-# change. We pack them **once**:
+# change. We pack them **once**, here with `COLS` = 16:
 #
 #     panel q:   w[16 q, 0]   w[16 q + 1, 0]   ...  w[16 q + 15, 0]
 #                w[16 q, 1]   w[16 q + 1, 1]   ...  w[16 q + 15, 1]
@@ -561,7 +561,6 @@ for rows, C, OC in ((1, 768, 2304), (5, 1000, 50), (64, 384, 131)):
 # %% a product with one row tags=["nbval-ignore-output"]
 import numba
 
-import numba
 from llmnb.timing import fastest, machine
 
 
@@ -590,6 +589,9 @@ for name, spent in times.items():
     print(f"{name:<12} {read_bytes / spent / 1e9:6.1f} GB/s")
 
 # %% [markdown]
+# Here packing once is worth a factor of more than four over packing on each
+# call, and comes to some four fifths of the speed of reading alone.
+#
 # ### One query, many keys
 #
 # Attention is two products: the query with all keys, then the weights of the

@@ -575,7 +575,7 @@ from llmnb.bench.report import report
 try:
     print(report(bench_writers(mid, 32, 32, Settings(steps=3))))
 except ChildProcessError as error:
-    print(f"not installed here: {error}")
+    print("not installed here:", str(error).partition(" in ")[0])
 
 # %% [markdown]
 # ## Take away
