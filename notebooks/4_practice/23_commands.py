@@ -594,13 +594,15 @@ for args in (
 # ## Exercises
 #
 # **1** (★). Which exit code does a shell see after a wrong option, after a
-# missing file, and after Ctrl-C? Find the three places in the code above.
+# missing file, and after Ctrl-C? Two of the places are in this chapter, the
+# third is in `main` too, unless a run of `llmnb train` has to be saved first.
 #
 # :::{admonition} Solution to exercise 1
 # :class: dropdown
 # 2 from `Parser.error`, 1 from the last line of `main`, and 130, which is
-# 128 plus the number of the signal: from `run` in `llmnb/cli/train.py`, after it has saved, or
-# from the `KeyboardInterrupt` in `main` when nothing was there to finish.
+# 128 plus the number of the signal: from the `KeyboardInterrupt` in `main`, or,
+# after it has saved, from `run` in `llmnb/cli/train.py`
+# ([chapter 4.24](24_train.ipynb)).
 # :::
 
 # %% exercise 1, checked tags=["hide-cell"]

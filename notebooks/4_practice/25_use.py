@@ -266,6 +266,11 @@ def _load_model(args, prompt):
 
 # %% [markdown]
 # ## Data
+#
+# The shards are written by [chapter 4.9](09_shards.ipynb), which goes on where
+# it was stopped. What the command adds is the choice of a tokenizer, a bar over
+# the bytes read, and a report; where several processes share the work, the others
+# encode for the first, which writes.
 
 # %% its options tags=["export"] module="cli.data"
 from dataclasses import dataclass, fields
@@ -370,6 +375,11 @@ def _follow_data(work, size):
 
 # %% [markdown]
 # ## Eval
+#
+# A text is scored by [chapter 4.21](21_evaluation.ipynb), HellaSwag by
+# [chapter 4.22](22_choices.ipynb). The command prints beside each number what
+# belongs to it: the context and the stride, the examples that were cut, the
+# standard error.
 
 # %% its options tags=["export"] module="cli.eval"
 from dataclasses import dataclass, fields
