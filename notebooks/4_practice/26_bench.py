@@ -288,6 +288,31 @@ def _draw_layers(ax, found, palette):
 
 
 # %% [markdown]
+# A result with numbers that are made up, of three rounds: the median stands in
+# the table, and who has no number stands below it.
+
+# %% a report, of made-up numbers
+from llmnb.bench.report import report
+
+ours = {
+    "name": "llmnb fp32",
+    "step_seconds": [0.012, 0.010, 0.031],
+    "tokens_per_second": [5333, 6400, 2065],
+}
+absent = {"name": "torch fp32", "unmeasured": "torch is not installed"}
+contest = {
+    "name": "tiny",
+    "kind": "step",
+    "about": "a batch of 64 tokens",
+    "contestants": [ours, absent],
+}
+made_up = {"machine": "none", "threads": 2, "load": None}
+print(report(made_up | {"contests": [contest]}))
+
+# %% [markdown]
+# One round took three times as long, and the table does not show it: so the
+# ratio of two contestants comes with its lowest and highest.
+#
 # ## The command
 #
 # Its options say who races and on what. Four things can be measured: a
