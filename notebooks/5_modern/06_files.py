@@ -832,8 +832,10 @@ verdict("logits", np.array_equal(loaded.logits, model.logits), "the same bits")
 how = {"num_kv_heads": 2, "hidden": 48}
 plain = set(pieces(LlamaConfig(64, 100, 1, 4, 32, **how)))
 normed = set(pieces(Qwen3Config(64, 100, 1, 4, 32, tied=True, **how)))
-print("only Qwen 3:", *sorted(normed - plain))
-print("only Llama: ", *sorted(plain - normed))
+attention = "model.layers.0.self_attn."
+norms = {attention + "q_norm.weight", attention + "k_norm.weight"}
+verdict("only Qwen 3", normed - plain == norms, "q_norm and k_norm")
+verdict("only Llama", plain - normed == {"lm_head.weight"}, "lm_head")
 
 # %% [markdown]
 # ## Take away
