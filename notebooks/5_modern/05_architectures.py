@@ -813,7 +813,8 @@ verdict("1: all heads", more == 2 * 24 * 128 * 4096 * 32, f"{more:,} more")
 less = count - parameter_count(replace(llama, tied=True))
 verdict("1: tied", less == 128256 * 4096, f"{less:,} fewer")
 gemma = PRESETS["gemma-3-1b"]
-print("2:", *[i for i in range(gemma.num_layers) if not gemma.is_local(i)])
+whole = [i for i in range(gemma.num_layers) if not gemma.is_local(i)]
+verdict("2: the whole", whole == [5, 11, 17, 23], "in 5, 11, 17 and 23")
 
 # %% [markdown]
 # ## Take away
