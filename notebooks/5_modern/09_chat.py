@@ -709,7 +709,38 @@ verdict("it ends", render_chat(led, told).endswith("I think"), "in its words")
 # the whole text is computed before the first word. Leave out more at once, half
 # of the turns, as chapter 1.19 does with its window: then it happens seldom.
 # :::
-#
+
+# %% exercise 2, checked tags=["hide-cell"]
+from os.path import commonprefix
+from types import SimpleNamespace
+
+
+class Halves(Conversation):
+    def prompt(self, question, room):
+        told, ids = super().prompt(question, room)
+        if len(told) <= len(self.messages):  # some had to go
+            self.messages = self.messages[len(self.messages) // 4 * 2 :]
+            told, ids = super().prompt(question, room)
+        return told, ids
+
+
+def computed(kind):
+    """Tokens that differ from the text before, for each of 60 questions."""
+    talk = kind(SimpleNamespace(seq_len=256), byte(), plain)
+    before, counts = [], []
+    for n in range(60):
+        told, ids = talk.prompt(f"{n}?", 8)
+        counts.append(len(ids) - len(commonprefix([before, ids])))
+        before = ids
+        talk.messages = [*told, {"role": "assistant", "content": "well"}]
+    return counts[30:]  # the context is full
+
+
+one, half = computed(Conversation), computed(Halves)
+verdict("one by one", min(one) > 200, "each time nearly all")
+verdict("half at once", sum(half) < sum(one) / 5, "less than a fifth of it")
+
+# %% [markdown]
 # ## Further reading
 #
 # - Ben Allal et al. (2025), [SmolLM2](https://arxiv.org/abs/2502.02737): what it
