@@ -495,6 +495,19 @@ for name, losses in others.items():
 # It reads 2 H numbers and writes H: 6 H bytes in bfloat16, 12 H in float32.
 # :::
 
+# %% exercise 1, checked tags=["hide-cell"]
+from llmnb.cuda.gated import swiglu_forward
+
+for name, run, x, each in (
+    ("1: bfloat16", swiglu_forward_bf16, gates, 6),
+    ("1: float32", swiglu_forward, wide(gates).astype(np.float32), 12),
+):
+    y, x = empty((B, T, H), x.dtype), simulated(x)
+    with watch() as seen:
+        run(y, x)
+    moved = (seen.read_bytes + seen.written_bytes) / (B * T * H)
+    verdict(name, moved == each, f"{each} H bytes")
+
 # %% [markdown]
 # ## What llmnb gained
 
