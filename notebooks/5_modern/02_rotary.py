@@ -749,9 +749,9 @@ def rotary_backward(dx, table, heads, first=0):
 # :::
 
 # %% exercises 1 to 3, checked tags=["hide-cell"]
-for base in (10000.0, 500000.0):
-    slowest = rope_frequencies(128, base)[-1]
-    print(f"1: {2 * math.pi / slowest:,.0f} places")
+for base, places in ((10000.0, 54410), (500000.0, 2559196)):
+    found = round(2 * math.pi / rope_frequencies(128, base)[-1])
+    verdict(f"1: {base:,.0f}", found == places, f"{places:,} places")
 
 
 def scores_from(first):
