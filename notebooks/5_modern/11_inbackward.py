@@ -880,6 +880,10 @@ plt.show()
 # product is done.
 # :::
 
+# %% exercise 1, checked tags=["hide-cell"]
+first = np.argmax(2 * np.arange(999) / 530 > 28 / 60)
+verdict("1: dw", first == 124, "longer from 124 tokens on")
+
 # %% [markdown]
 # ## Further reading
 #
