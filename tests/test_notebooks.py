@@ -85,6 +85,20 @@ def test_a_chapters_lines_fit_a_page(path):
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.stem)
+def test_no_output_names_a_place_on_the_machine_it_was_made_on(path):
+    cells = json.loads(path.with_suffix(".ipynb").read_text("utf-8"))["cells"]
+    outputs = json.dumps([cell.get("outputs") for cell in cells])
+    for place in (
+        "site-packages",
+        "bin/python",
+        "/home/",
+        "/root/",
+        "/Users/",
+    ):
+        assert place not in outputs, place
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.stem)
 def test_what_differs_between_machines_is_not_compared(path):
     """A cell that prints the machine's name is tagged for nbval."""
     book = notebook.from_source(path)
