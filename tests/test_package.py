@@ -14,6 +14,13 @@ from count import code_lines
 from processes import output
 
 from llmnb.book.export import PARTS, ROOMS, ROOT
+from llmnb.formats.foreign import open_foreign
+from llmnb.formats.gguf import open_gguf
+from llmnb.formats.hub import fetch
+from llmnb.formats.template import render_chat
+from llmnb.formats.vocabulary import open_encoding
+from llmnb.text.reader import read_text
+from llmnb.train.watch import Board
 
 MODULES = sorted(
     p.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".")
@@ -117,6 +124,35 @@ def test_runtime_packages_are_few():
     names = {re.match(r"[a-z]+", d)[0] for d in PROJECT["dependencies"]}
     want = "numpy numba tiktoken matplotlib tqdm safetensors regex"
     assert names == set(want.split())
+
+
+# what needs a package that only an extra installs, given a file to read
+NEEDS = [
+    ("zstandard", "zstd", "a.zst", read_text),
+    ("tokenizers", "tokenizers", "tokenizer.json", open_encoding),
+    ("tokenizers", "tokenizers", "tokenizer.json", open_foreign),
+    ("sentencepiece", "modern", "tokenizer.model", open_foreign),
+    ("gguf", "modern", "a.gguf", open_gguf),
+    ("jinja2.sandbox", "modern", "a chat", lambda _: render_chat("", [])),
+    ("huggingface_hub", "hub", "fetch", lambda _: fetch("gpt2")),
+    ("tensorboard.compat.proto.event_pb2", "tensorboard", "TensorBoard",
+     lambda path: Board(path.parent)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("module", "extra", "user", "call"), NEEDS)
+def test_a_missing_package_is_named(
+    module, extra, user, call, tmp_path, monkeypatch
+):
+    """And so is the extra that installs it, which pyproject.toml has."""
+    package = module.partition(".")[0]
+    wanted = PROJECT["optional-dependencies"][extra]
+    assert package in {re.match(r"\w+", x)[0] for x in wanted}
+    monkeypatch.setitem(sys.modules, module, None)
+    (tmp_path / user).write_bytes(b"GGUF")
+    says = rf"{user} needs the package {package}: .*'llmnb\[{extra}\]'"
+    with pytest.raises(ImportError, match=says):
+        call(tmp_path / user)
 
 
 README = (ROOT / "README.md").read_text("utf-8")

@@ -1,7 +1,6 @@
 """Tokenizers of other models, which the tests train through libraries."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
@@ -268,12 +267,6 @@ def test_a_token_that_comes_twice_is_refused(theirs, tmp_path):
 
     path = in_gguf(tmp_path, theirs, twice)
     refused("a token comes twice", foreign_gguf, path)
-
-
-def test_without_sentencepiece_the_error_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "sentencepiece", None)
-    with pytest.raises(ImportError, match=r"package sentencep.*\[modern\]"):
-        open_foreign("tokenizer.model")
 
 
 @pytest.fixture(scope="module")

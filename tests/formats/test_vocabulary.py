@@ -1,7 +1,6 @@
 """A model's tokenizer, in any file that it may lie in."""
 
 import json
-import sys
 import time
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from spelling import merges_of, own_files, tokenizer_bin, tokens_of, vocab_of
 from llmnb.config import GPT2Config
 from llmnb.formats import vocabulary
 from llmnb.formats.checkpoint import write_folder
-from llmnb.formats.foreign import Foreign, open_foreign
+from llmnb.formats.foreign import Foreign
 from llmnb.formats.letters import byte_letters
 from llmnb.formats.vocabulary import (
     open_encoding,
@@ -249,15 +248,6 @@ def test_a_tokenizer_json_of_another_kind(tmp_path):
     ):  # fmt: skip
         path.write_bytes(raw)
         refused(f"tokenizer.json: {says}", open_encoding, tmp_path)
-
-
-def test_a_tokenizer_json_without_the_library(tmp_path, monkeypatch):
-    (tmp_path / "tokenizer.json").write_text("{}")
-    monkeypatch.setitem(sys.modules, "tokenizers", None)
-    says = r"package tokenizers: pip install 'llmnb\[tokenizers\]'"
-    for read in (open_encoding, open_foreign):
-        with pytest.raises(ImportError, match=says):
-            read(tmp_path / "tokenizer.json")
 
 
 # which tokenizer

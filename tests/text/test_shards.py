@@ -5,7 +5,6 @@ import json
 import os
 import random
 import shutil
-import sys
 import time
 from functools import cache, partial
 from itertools import islice
@@ -146,13 +145,6 @@ def test_the_byte_that_is_wrong_in_a_large_file(tmp_path):
     raw[3_000_001] = 0xFF
     (tmp_path / "a.txt").write_bytes(raw)
     refused("at byte 3,000,00[01]", text_of, tmp_path / "a.txt")
-
-
-def test_a_missing_zstandard_is_named(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "zstandard", None)
-    (tmp_path / "a.zst").write_bytes(b"abc")
-    with pytest.raises(ImportError, match=r"pip install 'llmnb\[zstd\]'"):
-        text_of(tmp_path / "a.zst")
 
 
 @pytest.mark.parametrize("ending", [".gz", ".zst"])

@@ -1,7 +1,6 @@
 """Logs are read row by row, damaged ones with one error, and drawn."""
 
 import io
-import sys
 import warnings
 
 import matplotlib
@@ -140,10 +139,3 @@ def test_events_for_tensorboard(tmp_path):
     found = [(x.step, x.value) for x in read.Scalars("loss")]
     assert found == [(0, 6.5), (1, 6.25)]
     assert [x.value for x in read.Scalars("val_loss")] == [6.0]
-
-
-def test_without_tensorboard_one_sentence(tmp_path, monkeypatch):
-    name = "tensorboard.compat.proto.event_pb2"
-    monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ImportError, match=r"pip install 'llmnb\[tensorb"):
-        Board(tmp_path)
