@@ -74,10 +74,13 @@ def cut_and_resumed(folder, count, config=TINY):
     return run, want
 
 
+def without_speed(steps):
+    return [x._replace(tokens_per_second=None) for x in steps]
+
+
 def log_of(folder):
     """The rows of a log, but for the speed."""
-    steps = read_steps(folder / "log.csv")
-    return [x._replace(tokens_per_second=None) for x in steps]
+    return without_speed(read_steps(folder / "log.csv"))
 
 
 def files_of(folder):

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from runs import TINY, begun, small_data, straight, weights
+from runs import TINY, begun, small_data, straight, weights, without_speed
 
 from llmnb.cli import train as train_command
 from llmnb.cli.together import together as together_within
@@ -81,12 +81,11 @@ def together(size, folder, steps=None, again=False):
             run, _ = resume(folder, group)
         else:
             run = begun(group, folder, RUN)
-        found = list(islice(follow(run), steps))
+        found = without_speed(islice(follow(run), steps))
         if steps is None:
             finish(run)
         elif run.lock:
             run.lock.release()
-        found = [x._replace(tokens_per_second=None) for x in found]
         return weights(run), found
 
     return rehearse(size, work)
@@ -104,9 +103,8 @@ def one(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("llmnb.train.run.prepare", lambda _: small_data())
         run, steps = straight(folder, RUN)
-        steps = [x._replace(tokens_per_second=None) for x in steps]
         finish(run)
-    return folder, weights(run), steps
+    return folder, weights(run), without_speed(steps)
 
 
 @pytest.mark.parametrize("size", [2, 3, 4, 12])
