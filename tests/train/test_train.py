@@ -132,36 +132,31 @@ def test_landmarks_use_the_tokens_of_validation():
 
 
 def test_prepare_files(tmp_path):
-    (tmp_path / "a.txt").write_text("one two three " * 50, "utf-8")
-    (tmp_path / "b.txt").write_text("four five six " * 50, "utf-8")
-    names = tuple(str(tmp_path / x) for x in ("a.txt", "b.txt"))
-    data = prepare(replace(PLAIN, corpus=names))
-    tokens = np.concatenate([data.val_tokens, data.train_tokens])
-    text = data.encoding.decode(tokens.tolist())
-    assert text.count("<|endoftext|>") == 2
-    assert "three <|endoftext|>four" in text
-    assert str(tmp_path) in data.source
-
-
-def test_prepare_json_lines(tmp_path):
+    """Text, and JSON lines of which one holds none."""
     lines = [{"body": "one two three " * 50}, {"body": None}]
     lines.append({"body": "four <|endoftext|> five " * 50})
     with gzip.open(tmp_path / "a.jsonl.gz", "wt") as file:
         file.write("\n".join(map(json.dumps, lines)))
-    how = {"corpus": (str(tmp_path / "a.jsonl.gz"),), "field": "body"}
-    config = replace(PLAIN, tokenizer="bpe", vocab_size=270, **how)
+    (tmp_path / "b.txt").write_text("six seven " * 50, "utf-8")
+    names = tuple(str(tmp_path / x) for x in ("a.jsonl.gz", "b.txt"))
+    how = {"corpus": names, "field": "body", "tokenizer": "bpe"}
+    config = replace(PLAIN, vocab_size=270, **how)
     with pytest.raises(ValueError, match=r"gz:2: 'body' must be text, got N"):
         prepare(config)
     said = "; passed over: bad records 1"
     more = "; <|endoftext|> as ordinary text: 50 (--endoftext takes it as the"
     for endoftext, number, end in (
-        (False, 2, f"1,900 characters{said}{more} token)"),
-        (True, 52, f"1,900 characters{said}"),
+        (False, 3, f"2,400 characters{said}{more} token)"),
+        (True, 53, f"2,400 characters{said}"),
     ):
         data = prepare(replace(config, skip_bad=True, endoftext=endoftext))
-        assert data.source.endswith(f"2 documents, {end}")
+        assert str(tmp_path) in data.source
+        assert data.source.endswith(f"3 documents, {end}")
         tokens = np.concatenate([data.val_tokens, data.train_tokens])
         assert (tokens == data.encoding.eot_token).sum() == number
+        text = data.encoding.decode(tokens.tolist())
+        assert "three <|endoftext|>four" in text
+        assert "five <|endoftext|>six" in text
     learnt = [data.encoding.decode([i]) for i in range(256, 269)]
     assert not any(x in "<|endoftext|>" for x in learnt if len(x) > 2)
 
