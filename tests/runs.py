@@ -1,5 +1,6 @@
 """What the tests of runs share: a tiny run, and what is left of it."""
 
+import contextlib
 import json
 import random
 from itertools import islice
@@ -88,6 +89,20 @@ def files_of(folder):
     found = {x.name: x.read_bytes() for x in folder.iterdir()}
     found["log.csv"] = log_of(folder)
     return found
+
+
+def learnt(folder):
+    """What a run has learnt: its states, its weights, its log."""
+    files = [*folder.glob("state_*"), folder / "model.bin"]
+    found = {x.name: x.read_bytes() for x in files}
+    return found | {"log.csv": log_of(folder)}
+
+
+def rows(folder):
+    """How many steps the log of a run has so far; -1 where there is none."""
+    with contextlib.suppress(OSError):
+        return (folder / "log.csv").read_bytes().count(b"\n") - 1
+    return -1
 
 
 def rewrite(path, change=lambda record: None, arrays=lambda x: x):

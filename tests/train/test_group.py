@@ -7,7 +7,15 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from runs import TINY, begun, small_data, straight, weights, without_speed
+from runs import (
+    TINY,
+    begun,
+    learnt,
+    small_data,
+    straight,
+    weights,
+    without_speed,
+)
 
 from llmnb.cli import train as train_command
 from llmnb.cli.together import together as together_within
@@ -91,11 +99,6 @@ def together(size, folder, steps=None, again=False):
     return rehearse(size, work)
 
 
-def kept(folder):
-    files = [*folder.glob("state_*"), folder / "model.bin"]
-    return {x.name: x.read_bytes() for x in files}
-
-
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
     """The run of one process: its folder, its weights, its steps."""
@@ -114,7 +117,7 @@ def test_the_bits_are_those_of_one(size, one, tmp_path):
     for params, found in together(size, tmp_path / "a"):
         assert found == steps
         np.testing.assert_array_equal(params, want)
-    assert kept(tmp_path / "a") == kept(folder)
+    assert learnt(tmp_path / "a") == learnt(folder)
 
 
 def test_another_number_goes_on(one, tmp_path):
@@ -123,7 +126,7 @@ def test_another_number_goes_on(one, tmp_path):
     assert (tmp_path / "a" / "state_00000006.safetensors").exists()
     ((params, _),) = together(1, tmp_path / "a", again=True)
     np.testing.assert_array_equal(params, one[1])
-    assert kept(tmp_path / "a") == kept(one[0])
+    assert learnt(tmp_path / "a") == learnt(one[0])
 
 
 # what it takes

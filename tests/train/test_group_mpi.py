@@ -3,7 +3,6 @@
 LLMNB_KILLS=30 kills at 30 random moments instead of two.
 """
 
-import contextlib
 import importlib.util
 import json
 import os
@@ -18,6 +17,7 @@ from pathlib import Path
 import pytest
 from commands import LIBRARY
 from processes import ROOT, wait_for
+from runs import learnt, rows
 
 MPIRUN = Path(sys.executable).with_name("mpirun")
 HERE = importlib.util.find_spec("mpi4py") and MPIRUN.exists()
@@ -105,19 +105,6 @@ def found(mark):
     return pids
 
 
-def kept(folder):
-    """The bytes of a run's weights, and its log without the speeds."""
-    files = [*folder.glob("state_*"), folder / "model.bin"]
-    return {x.name: x.read_bytes() for x in files} | {"log": rows(folder)}
-
-
-def rows(folder):
-    with contextlib.suppress(FileNotFoundError):
-        lines = (folder / "log.csv").read_text().splitlines()
-        return [x.split(",")[:5] for x in lines]
-    return []
-
-
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
     """The folder of a run of one process, which mpirun did not start."""
@@ -136,7 +123,7 @@ def args(tmp_path):
 def test_the_bits_are_those_of_one(size, count, one, args, tmp_path):
     said = ended((size, {}, [*args, "--threads", count]))
     assert said.count("corpus  ") == 1, "one speaks for all"
-    assert kept(tmp_path / "a") == kept(one)
+    assert learnt(tmp_path / "a") == learnt(one)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +136,7 @@ def test_a_killed_rank_loses_nothing(number, one, args, tmp_path):
     size = max(size, 2)
     process, mark = ranks((size, {}, args))
     at = draw.randint(2, 45)
-    wait_for(lambda: len(rows(folder)) > at)
+    wait_for(lambda: rows(folder) > at)
     time.sleep(draw.random() / 10)
     victim = found(mark)[draw.randrange(size)]
     os.kill(victim, signal.SIGKILL)
@@ -162,13 +149,13 @@ def test_a_killed_rank_loses_nothing(number, one, args, tmp_path):
         other = size
     again = ["-m", "llmnb.cli", "train", "--resume", folder, "--threads", 1]
     ended((other, {}, again))
-    assert kept(folder) == kept(one)
+    assert learnt(folder) == learnt(one)
 
 
 def endless(args, folder):
     """Two ranks of a run that goes on and on, after some steps."""
     process, mark = ranks((2, {}, [*args, "--steps", 10**6]))
-    wait_for(lambda: len(rows(folder)) > 6)
+    wait_for(lambda: rows(folder) > 6)
     return process, mark
 
 
@@ -301,7 +288,7 @@ def test_gpus_have_the_bits_of_one(over, one_gpu, nccl_path, tmp_path):
     where = {"LD_LIBRARY_PATH": nccl_path.parent} if over == "nccl" else {}
     args = [*ON_GPU, "--group", over, "--out", tmp_path / "a"]
     ended((2, SIMULATED | where, args))
-    assert kept(tmp_path / "a") == kept(one_gpu)
+    assert learnt(tmp_path / "a") == learnt(one_gpu)
 
 
 def test_gpus_without_nccl_end_with_one_error(tmp_path):

@@ -1,6 +1,5 @@
 """Nothing lost: states, resuming, kills, signals, full disks, bad files."""
 
-import contextlib
 import errno
 import json
 import os
@@ -29,6 +28,7 @@ from runs import (
     files_of,
     log_of,
     rewrite,
+    rows,
     small_data,
     straight,
     weights,
@@ -626,12 +626,6 @@ def finished(tmp_path_factory):
     for name in ("warm", "straight"):  # the first one compiles
         wait(start(place, *COMMAND.split(), "--out", name))
     return place
-
-
-def rows(folder):
-    with contextlib.suppress(OSError):
-        return (folder / "log.csv").read_bytes().count(b"\n") - 1
-    return -1
 
 
 def kill(process, folder, stream):
