@@ -465,13 +465,11 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:1\n"
     ("[]", "must hold a JSON object"), ("{}", "'config'"),
     ('{"config": {"corpus": ["x"], "stepz": 1}}', ".*stepz"),
     (POINTER, "this is a Git LFS pointer"), ("[" * 100_000, "not JSON"),
-], ids=range(7))  # fmt: skip
+    ('{"config": [' + "[]," * 700_000 + "[]]}", "must have at most"),
+], ids=range(8))  # fmt: skip
 def test_a_damaged_configuration(tmp_path, text, why):
-    path = tmp_path / "config.json"
-    path.write_text(text, "utf-8")
+    (tmp_path / "config.json").write_text(text, "utf-8")
     refused(f"config.json.*: {why}", load_run, tmp_path)
-    path.write_bytes(b'{"config": [' + b"[]," * 700_000 + b"[]]}")
-    refused("config.json: must have at most", read_run, tmp_path)
 
 
 @fuzzed(300, derandomize=True)
