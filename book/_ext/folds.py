@@ -48,10 +48,6 @@ def depart_fold(self, node):
     self.body.append("</details>\n")
 
 
-def pass_by(self, node):
-    """On paper nothing folds: the content stands where the fold would."""
-
-
 # ---- What a cell is -------------------------------------------------------
 
 
@@ -259,6 +255,5 @@ def fold(doctree):
 def setup(app):
     first = Path(__file__).parents[1] / "_static" / "first.js"
     app.add_js_file(None, body=first.read_text("utf-8"), priority=1)
-    plain = dict.fromkeys(("latex", "text", "man"), (pass_by, pass_by))
-    app.add_node(Fold, html=(visit_fold, depart_fold), **plain)
+    app.add_node(Fold, html=(visit_fold, depart_fold))
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -15,7 +15,6 @@ import re
 from pathlib import Path
 
 from docutils import nodes
-from live import on_pages
 from sphinx.util.docutils import SphinxDirective
 
 from llmnb.book.export import read_chapters
@@ -133,7 +132,7 @@ class Learning(SphinxDirective):
     """The loss of the hour with the text beside it."""
 
     def run(self):
-        return [on_pages(nodes.raw("", render_learning(), format="html"))]
+        return [nodes.raw("", render_learning(), format="html")]
 
 
 # The map of the book
@@ -173,7 +172,7 @@ class Map(SphinxDirective):
             inside = [x for x in chapters() if x.part == folder]
             parts.append(render_part(inside, words, need, end))
         text = f'<nav class="map" aria-label="Map">{"".join(parts)}</nav>'
-        return [on_pages(nodes.raw("", text, format="html"))]
+        return [nodes.raw("", text, format="html")]
 
 
 # Reading times

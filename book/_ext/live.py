@@ -17,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 from docutils import nodes
-from sphinx import addnodes
 from sphinx.util.docutils import SphinxDirective
 
 HERE = Path(__file__).parent
@@ -139,11 +138,6 @@ def render_heads(layers, heads):
     return "\n".join(rows)
 
 
-def on_pages(*children):
-    """What the pages show, and other editions of the book do not."""
-    return addnodes.only("", *children, expr="html and not epub")
-
-
 class Live(SphinxDirective):
     """Where the live model stands; the content is said beside it."""
 
@@ -162,7 +156,7 @@ class Live(SphinxDirective):
         said = nodes.container()
         self.state.nested_parse(self.content, self.content_offset, said)
         raw = [nodes.raw("", x, format="html") for x in (before, after)]
-        return [on_pages(raw[0], *said.children, raw[1])]
+        return [raw[0], *said.children, raw[1]]
 
 
 def write_model(app, exception):

@@ -11,7 +11,6 @@ import json
 from pathlib import Path
 
 from docutils import nodes
-from sphinx import addnodes
 
 MIME = "application/vnd.llmnb.figure+json"
 SHOWN = ("display_data", "execute_result")
@@ -31,16 +30,15 @@ def read_figures(path):
 
 
 def figure(data):
-    """The place of a figure in a page; an ePub and paper have the still."""
+    """The place of a figure in a page."""
     text, kind = data.replace("</", "<\\/"), json.loads(data)["kind"]
-    node = nodes.raw(
+    return nodes.raw(
         "",
         f'<figure class="move" data-kind="{kind}">'
         f'<script type="application/json">{text}</script></figure>',
         format="html",
+        kind=kind,
     )
-    node["kind"] = kind
-    return addnodes.only("", node, expr="html and not epub")
 
 
 def place_figures(app, doctree):
