@@ -135,15 +135,18 @@ def outline(source):
 # ---- Folding --------------------------------------------------------------
 
 
+def is_cell(node):
+    return node.get("nb_element") == "cell_code"
+
+
 def code_cells(doctree):
-    found = doctree.findall(nodes.container)
-    return [x for x in found if x.get("nb_element") == "cell_code"]
+    return list(filter(is_cell, doctree.findall(nodes.container)))
 
 
 def part_of(cell, name):
     """The code or the output of a cell."""
-    found = [x for x in cell.children if x.get("nb_element") == name]
-    return found[0] if found else None
+    found = (x for x in cell.children if x.get("nb_element") == name)
+    return next(found, None)
 
 
 def tags_of(cell):
@@ -165,7 +168,6 @@ def printed(output):
 
 def fold_cell(cell, long):
     """Fold a cell's code if its kind or its author asks for that."""
-    cell.attributes.pop("hide_mode", None)  # or MyST-NB folds it once more
     code = part_of(cell, "cell_code_source")
     output = part_of(cell, "cell_code_output")
     if code is None:
@@ -190,12 +192,10 @@ def fold_cell(cell, long):
     if not brief and "export-label" in label["classes"]:
         label["classes"].append("beside")
         del label[2:]  # the fold says the cell's name
-    place = cell.index(code)
-    cell.remove(code)
+    cell.replace(code, fold)
     fold += code
-    cell.insert(place, fold)
     if brief:
-        cell.insert(place, outlined(brief, code))
+        cell.insert(cell.index(fold), outlined(brief, code))
         fold["title"] = "the whole code"
     if kind == "gained":
         rows = len(list(output.findall(nodes.row))) - 1
@@ -207,8 +207,8 @@ def fold_cell(cell, long):
 
 def outlined(text, code):
     """A block of code that stands for a longer one while that is folded."""
-    block = nodes.literal_block(text, text, language="python")
-    block["language"] = next(code.findall(nodes.literal_block))["language"]
+    language = next(code.findall(nodes.literal_block))["language"]
+    block = nodes.literal_block(text, text, language=language)
     return nodes.container("", block, classes=["cell_input", "brief"])
 
 
@@ -227,20 +227,9 @@ def fold_exercises(doctree):
         fold["ids"] = [nodes.make_id(f"solution-{name}")] if name else []
         parent, place = note.parent, note.parent.index(note)
         fold += note.children[1:]
-        parent.remove(note)
-        parent.insert(place, fold)
+        parent.replace(note, fold)
         while len(parent) > place + 1 and is_cell(parent[place + 1]):
-            cell = parent[place + 1]
-            parent.remove(cell)
-            cell.attributes.pop("hide_mode", None)
-            fold += cell
-
-
-def is_cell(node):
-    return (
-        isinstance(node, nodes.container)
-        and node.get("nb_element") == "cell_code"
-    )
+            fold += parent.pop(place + 1)
 
 
 def fold(doctree):
@@ -248,6 +237,7 @@ def fold(doctree):
     fold_exercises(doctree)
     long = LONG_BY_HAND if BY_HAND in doctree["source"] else LONG
     for cell in code_cells(doctree):
+        cell.attributes.pop("hide_mode", None)  # or MyST-NB folds it once more
         if not isinstance(cell.parent, Fold):
             fold_cell(cell, long)
 

@@ -45,7 +45,6 @@ PARTS = (
     "landing",
     "move",
 )
-EXPORT_TAGS = {"export", "exporti"}
 CHAPTER = re.compile(r"notebooks/(\w+)/(\d\d)_\w+")
 DERIVED = re.compile(r"Derived in chapter ([\dA]\.\d+)\.")
 # what one reads as one word, in the text of which nodes
@@ -98,11 +97,9 @@ def name_module(module):
 
 def mark_exports(doctree, default):
     """Say above each exported cell which module its code becomes part of."""
-    for cell in doctree.findall(nodes.container):
-        if cell.get("nb_element") != "cell_code":
-            continue
+    for cell in folds.code_cells(doctree):
         data = cell["cell_metadata"]
-        if not EXPORT_TAGS & set(data.get("tags", [])):
+        if not folds.EXPORTED & folds.tags_of(cell):
             continue
         module = f"llmnb.{data.get('module', default)}"
         module = module.removesuffix(".__init__")

@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 
 from docutils import nodes
+from folds import code_cells
 
 MIME = "application/vnd.llmnb.figure+json"
 SHOWN = ("display_data", "execute_result")
@@ -46,9 +47,7 @@ def place_figures(app, doctree):
     if not app.env.docname.startswith("notebooks/"):
         return
     figures = read_figures(app.env.doc2path(app.env.docname))
-    for cell in doctree.findall(nodes.container):
-        if cell.get("nb_element") != "cell_code":
-            continue
+    for cell in code_cells(doctree):
         found = figures[cell["cell_index"]]
         if not any(found):
             continue
@@ -66,11 +65,10 @@ def add_scripts(app, pagename, templatename, context, doctree):
     """Load the scripts and the style of the figures that a page has."""
     raw = doctree.findall(nodes.raw) if doctree is not None else ()
     kinds = dict.fromkeys(node["kind"] for node in raw if "kind" in node)
-    for name in ["move.js", *(f"move/{kind}.js" for kind in kinds)]:
-        if kinds:
-            app.add_js_file(name, loading_method="defer")
     if kinds:
         app.add_css_file("move.css")
+        for name in ["move.js", *(f"move/{kind}.js" for kind in kinds)]:
+            app.add_js_file(name, loading_method="defer")
 
 
 def setup(app):
