@@ -7,19 +7,15 @@ that chapters state. All of it works without JavaScript.
 """
 
 import csv
-import functools
 import html
 import json
 import math
 import re
-from pathlib import Path
 
 from docutils import nodes
+from llmnb_book import ROOT, chapters
 from sphinx.util.docutils import SphinxDirective
 
-from llmnb.book.export import read_chapters
-
-ROOT = Path(__file__).parents[2]
 HOUR = ROOT / "book" / "hour"
 LANDMARKS = {
     "uniform": "a blind guess",
@@ -27,12 +23,6 @@ LANDMARKS = {
     "bigrams": "counting pairs",
     "trigrams": "counting triples",
 }
-
-
-@functools.cache
-def chapters():
-    """All chapters, in the order of the book."""
-    return read_chapters(ROOT / "notebooks")
 
 
 def minutes(chapter):
@@ -169,7 +159,7 @@ class Map(SphinxDirective):
             name, need, end = (x.strip() for x in text.split("|"))
             words = name[1 : name.index("]")]
             folder = re.search(r"notebooks/(\w+)/", name)[1]
-            inside = [x for x in chapters() if x.part == folder]
+            inside = [x for x in chapters().values() if x.part == folder]
             parts.append(render_part(inside, words, need, end))
         text = f'<nav class="map" aria-label="Map">{"".join(parts)}</nav>'
         return [nodes.raw("", text, format="html")]
@@ -183,7 +173,7 @@ def reading(name, raw, text, lineno, inliner, options=None, content=()):
     wanted = text.split()
     found = [
         minutes(x)
-        for x in chapters()
+        for x in chapters().values()
         if x.label in wanted or x.label.partition(".")[0] in wanted
     ]
     return [nodes.Text(long(sum(found)))], []

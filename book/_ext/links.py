@@ -7,11 +7,10 @@ a reference to nothing is a warning even where only some pages are built.
 cards.py shows what a link leads to.
 """
 
-import functools
 import re
 
 from docutils import nodes
-from llmnb_book import PAGES, ROOT
+from llmnb_book import PAGES, ROOT, chapters
 from sphinx import addnodes
 from sphinx.util import logging
 
@@ -197,14 +196,10 @@ class Names:
         return f"{page}#{entry.node_id}"
 
 
-@functools.cache
 def exports(docname):
     """The modules that a chapter writes."""
-    path = ROOT / f"{docname}.py"
-    text = path.read_text("utf-8") if path.exists() else ""
-    block = re.search(r"#     modules:\n((?:#       .*\n)+)", text)
-    names = re.findall(r"#       ([\w.]+):", block[1] if block else "")
-    return {f"llmnb.{x}" for x in names}
+    chapter = chapters().get(docname)
+    return {f"llmnb.{x}" for x in chapter.modules} if chapter else ()
 
 
 def section_of(node):

@@ -8,6 +8,7 @@ as markup, and lets a Markdown link point at a documented name:
 `[text](api/llmnb.cpu.jit.md#llmnb.cpu.jit.kernel)`.
 """
 
+import functools
 import html
 import re
 import sys
@@ -24,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 from llmnb.book.export import (  # noqa: E402
     chapter_label,
-    read_chapter,
+    read_chapters,
     sources,
 )
 
@@ -45,7 +46,6 @@ PARTS = (
     "landing",
     "move",
 )
-CHAPTER = re.compile(r"notebooks/(\w+)/(\d\d)_\w+")
 DERIVED = re.compile(r"Derived in chapter ([\dA]\.\d+)\.")
 # what one reads as one word, in the text of which nodes
 TOGETHER = re.compile(
@@ -57,26 +57,28 @@ PROSE = nodes.paragraph, nodes.emphasis, nodes.strong
 log = logging.getLogger(__name__)
 
 
-def number_chapter(doctree, docname):
-    """Put "Chapter 1.6" above the title of notebooks/1_by_hand/06_*."""
-    match = CHAPTER.fullmatch(docname)
-    title = next(doctree.findall(nodes.title), None)
-    if match and title is not None:
-        text = f"Chapter {chapter_label(ROOT / docname)}"
-        mark = nodes.inline(text, text, classes=["chapter-number"])
-        title.insert(0, [mark, nodes.Text(" ")])
+@functools.cache
+def chapters():
+    """The chapters by their documents, in the order of the book."""
+    found = read_chapters(ROOT / "notebooks")
+    return {f"notebooks/{x.place.removesuffix('.py')}": x for x in found}
 
 
-def index_chapter(app, doctree, docname):
+def number_chapter(doctree, label):
+    """Put "Chapter 1.6" above the title."""
+    text = f"Chapter {label}"
+    mark = nodes.inline(text, text, classes=["chapter-number"])
+    title = next(doctree.findall(nodes.title))
+    title.insert(0, [mark, nodes.Text(" ")])
+
+
+def index_chapter(app, doctree, name):
     """Let search and the index find a chapter by its name in the contents."""
-    entry = app.config.external_site_map.get(docname)
-    section = next(doctree.findall(nodes.section), None)
-    if entry is not None and entry.title and section is not None:
-        subject = re.sub(r"^[\dA]\.\d+ ", "", entry.title)
-        found = [("single", subject, section["ids"][0], "main", None)]
-        known = app.env.get_domain("index").entries
-        known.setdefault(docname, []).extend(found)
-        section.insert(1, addnodes.index(entries=found))
+    section = next(doctree.findall(nodes.section))
+    found = [("single", name, section["ids"][0], "main", None)]
+    known = app.env.get_domain("index").entries
+    known.setdefault(app.env.docname, []).extend(found)
+    section.insert(1, addnodes.index(entries=found))
 
 
 def name_module(module):
@@ -119,9 +121,7 @@ def free_tags(doctree):
     for equation in doctree.findall(nodes.math_block):
         if not equation.get("nowrap"):
             equation["nowrap"] = True
-            text = nodes.Text(f"\\[{equation.astext()}\\]")
-            equation.children = []
-            equation += text
+            equation[:] = [nodes.Text(f"\\[{equation.astext()}\\]")]
 
 
 def outer(node):
@@ -131,7 +131,7 @@ def outer(node):
     return node
 
 
-def caption_figures(doctree, docname):
+def caption_figures(app, doctree, docname):
     """Take an image's alternative text from the caption below its cell."""
     for image in doctree.findall(nodes.image):
         if image.get("alt"):
@@ -150,7 +150,7 @@ def caption_figures(doctree, docname):
         below["classes"].append("figure-caption")
 
 
-def keep_together(doctree):
+def keep_together(app, doctree, docname):
     """Let no line end inside a number with its unit, a shape, or "GPT-2"."""
     for text in [*doctree.findall(nodes.Text)]:
         if not isinstance(text.parent, PROSE):
@@ -198,11 +198,11 @@ def on_doctree(app, doctree):
     docname = app.env.docname
     if docname.startswith("notebooks/"):
         # the header in the .ipynb is in alphabetical order
-        chapter = read_chapter(ROOT / f"{docname}.py")
+        chapter = chapters()[docname]
         mark_exports(doctree, next(iter(chapter.modules), ""))
         folds.fold(doctree)
-        number_chapter(doctree, docname)
-        index_chapter(app, doctree, docname)
+        number_chapter(doctree, chapter.label)
+        index_chapter(app, doctree, chapter.name)
     free_tags(doctree)
     mark_fields(doctree)
     describe(app, doctree, docname)
@@ -246,22 +246,14 @@ def add_description(app, pagename, templatename, context, doctree):
 
 
 def setup(app):
-    app.setup_extension("sphinx.ext.autodoc")
     app.setup_extension("folds")
     app.add_autodocumenter(SourceOrderDocumenter, override=True)
     app.connect("doctree-read", on_doctree, priority=900)
     app.connect("autodoc-process-docstring", show_docstring)
     app.connect("autodoc-skip-member", skip_bare_fields)
     app.connect("html-page-context", add_description)
-    app.connect(
-        "doctree-resolved",
-        lambda app, doctree, docname: caption_figures(doctree, docname),
-    )
-    app.connect(
-        "doctree-resolved",
-        lambda app, doctree, docname: keep_together(doctree),
-        priority=990,
-    )
+    app.connect("doctree-resolved", caption_figures)
+    app.connect("doctree-resolved", keep_together, priority=990)
     for name in PARTS:
         app.setup_extension(name)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
