@@ -26,7 +26,6 @@ INDEX = """\
 <meta charset="utf-8">
 <title>{title}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="description" content="{text}">
 <meta http-equiv="refresh" content="0; url={page}">
 {links}<link rel="icon" href="_static/mark.svg">
 </head>
@@ -56,7 +55,8 @@ def tags(app, pagename, title):
     found |= {"image:width": 1200, "image:height": 630}
     if home:
         found["url"] = home + place
-    lines = [
+    lines = [f'<meta name="description" content="{escape(text)}" />']
+    lines += [
         f'<meta property="og:{name}" content="{escape(str(value))}" />'
         for name, value in found.items()
         if value
@@ -69,8 +69,7 @@ def add_tags(app, pagename, templatename, context, doctree):
     # a title is HTML; the pages without a source have no description
     if pagename in app.env.found_docs:
         title = app.env.titles[pagename].astext()
-        more = tags(app, pagename, title)
-        context["metatags"] = context.get("metatags", "") + "\n" + more
+        context["metatags"] += tags(app, pagename, title)
 
 
 def offer_launch(app):

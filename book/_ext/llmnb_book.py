@@ -9,7 +9,6 @@ as markup, and lets a Markdown link point at a documented name:
 """
 
 import functools
-import html
 import re
 import sys
 from pathlib import Path
@@ -238,20 +237,12 @@ def skip_bare_fields(app, what, name, obj, skip, options):
     return None
 
 
-def add_description(app, pagename, templatename, context, doctree):
-    text = app.env.metadata.get(pagename, {}).get("description")
-    if text:
-        tag = f'<meta name="description" content="{html.escape(text)}" />'
-        context["metatags"] = context.get("metatags", "") + tag
-
-
 def setup(app):
     app.setup_extension("folds")
     app.add_autodocumenter(SourceOrderDocumenter, override=True)
     app.connect("doctree-read", on_doctree, priority=900)
     app.connect("autodoc-process-docstring", show_docstring)
     app.connect("autodoc-skip-member", skip_bare_fields)
-    app.connect("html-page-context", add_description)
     app.connect("doctree-resolved", caption_figures)
     app.connect("doctree-resolved", keep_together, priority=990)
     for name in PARTS:
