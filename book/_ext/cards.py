@@ -59,28 +59,28 @@ def mark_figures(doctree):
         yield name, {"text": tidy(caption), "images": images}
 
 
+def terms(doctree):
+    """Of each entry of the glossary its id, the term, the definition."""
+    for term in doctree.findall(nodes.term):
+        for name in term["ids"]:
+            yield name, term, term.parent[-1]
+
+
 def cards_of_terms(doctree):
     """The glossary's entries."""
-    for item in doctree.findall(nodes.definition_list_item):
-        for term in item.findall(nodes.term):
-            definition = next(item.findall(nodes.definition), None)
-            for name in term["ids"] if definition else []:
-                if name.startswith("term-"):
-                    text = tidy(definition.children[0])
-                    yield name, {"head": tidy(term), "text": text}
+    for name, term, definition in terms(doctree):
+        yield name, {"head": tidy(term), "text": tidy(definition[0])}
 
 
 def cards_of_names(doctree):
     """The signatures of documented names, and what they do in a line."""
-    for entry in doctree.findall(addnodes.desc):
-        text = next(entry.findall(nodes.paragraph), None)
-        for sign in entry.findall(addnodes.desc_signature):
-            for name in sign["ids"] if sign.parent is entry else []:
-                code = sign.astext().replace("[source]", "").strip()
-                card = {"code": code}
-                if text is not None:
-                    card["text"] = re.split(r"(?<=\.) ", tidy(text))[0]
-                yield name, card
+    for sign in doctree.findall(addnodes.desc_signature):
+        text = next(sign.parent.findall(nodes.paragraph), None)
+        card = {"code": sign.astext().replace("[source]", "").strip()}
+        if text is not None:
+            card["text"] = re.split(r"(?<=\.) ", tidy(text))[0]
+        for name in sign["ids"]:
+            yield name, card
 
 
 def card_of_module(doctree, docname):
@@ -122,7 +122,7 @@ def picture(app, images):
 
 def finish_card(app, docname, card):
     """Add the chapter's name; turn a page's images into an address."""
-    title = getattr(app.config.external_site_map.get(docname), "title", "")
+    title = app.env.titles[docname].astext()
     card = dict(card)
     if card.pop("page", None):
         card["head"] = title
@@ -132,17 +132,21 @@ def finish_card(app, docname, card):
     return card | ({"image": image} if image else {})
 
 
+def write_script(app, name, variable, value):
+    """Write a value as a script, which loads from the disk as well."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    path = Path(app.outdir) / "_static" / name
+    path.write_text(f"window.{variable} = {text};\n", "utf-8")
+
+
 def write_previews(app, error):
-    """Write the cards as a script, which loads from the disk as well."""
     if error or app.builder.name != "html":
         return
     cards = {}
     for docname, data in sorted(app.env.metadata.items()):
         for name, card in data.get("previews", {}).items():
             cards[name] = finish_card(app, docname, card)
-    text = json.dumps(cards, ensure_ascii=False, separators=(",", ":"))
-    path = Path(app.outdir) / "_static" / "previews.js"
-    path.write_text(f"window.llmnbPreviews = {text};\n", "utf-8")
+    write_script(app, "previews.js", "llmnbPreviews", cards)
 
 
 def setup(app):

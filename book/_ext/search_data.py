@@ -5,9 +5,9 @@ disk. `_static/search-data.js` holds each page's name and the title, anchor
 and prose of its sections; `_static/search.js` loads it at the first search.
 """
 
-import json
-from pathlib import Path
+import re
 
+from cards import terms, write_script
 from docutils import nodes
 from sphinx import addnodes
 
@@ -58,69 +58,38 @@ def prose(node):
 
 def title_of(section):
     """A section's title without the number above a chapter's."""
-    title = next(section.findall(nodes.title), None)
-    if title is None:
-        return ""
-    marks = [
-        x.astext()
-        for x in title.findall(nodes.inline)
-        if "chapter-number" in x["classes"]
-    ]
-    text = title.astext().removeprefix(marks[0] if marks else "")
-    return " ".join(text.split())
+    text = section.next_node(nodes.title).astext()
+    return " ".join(re.sub(r"^Chapter [\dA]\.\d+ ", "", text).split())
 
 
 def sections(doctree):
-    """The anchor, title and prose of each section and documented name."""
+    """The anchor, title and prose of each section, name and term."""
     for section in doctree.findall(nodes.section):
         yield section["ids"][0], title_of(section), prose(section)
     for entry in doctree.findall(addnodes.desc):
-        sign = next(entry.findall(addnodes.desc_signature))
-        content = next(entry.findall(addnodes.desc_content))
-        if sign["ids"]:
-            name = sign["ids"][0].rsplit(".", 1)[-1]
-            yield sign["ids"][0], name, prose(content)
-
-
-def terms(doctree):
-    """The glossary's entries, each as a section of its own."""
-    for entry in doctree.findall(nodes.definition_list_item):
-        for term in entry.findall(nodes.term):
-            definition = next(entry.findall(nodes.definition), None)
-            for name in term["ids"] if definition else []:
-                if name.startswith("term-"):
-                    yield name, term.astext(), words(definition)
+        name = entry[0]["ids"][0]
+        yield name, name.rsplit(".", 1)[-1], prose(entry[-1])
+    # the glossary's entries, each as a section of its own
+    for name, term, definition in terms(doctree):
+        yield name, term.astext(), words(definition)
 
 
 def collect(app, doctree):
-    found = [list(x) for x in [*sections(doctree), *terms(doctree)]]
-    app.env.metadata[app.env.docname]["sections"] = found
-
-
-def name_of(app, docname):
-    """A page's name as the contents have it, else its title."""
-    entry = app.config.external_site_map.get(docname)
-    return getattr(entry, "title", "") or app.env.titles[docname].astext()
+    app.env.metadata[app.env.docname]["sections"] = [*sections(doctree)]
 
 
 def write(app, error):
     if error or app.builder.name != "html":
         return
     pages = []
-    for docname in sorted(app.env.found_docs, key=order(app)):
+    # the book's order, so that of equal hits the earlier comes first
+    order = [*app.config.external_site_map, *sorted(app.env.found_docs)]
+    for docname in dict.fromkeys(order):
         found = app.env.metadata.get(docname, {}).get("sections")
         if found:
             page = app.builder.get_target_uri(docname)
-            pages.append([page, name_of(app, docname), found])
-    text = json.dumps(pages, ensure_ascii=False, separators=(",", ":"))
-    path = Path(app.outdir) / "_static" / "search-data.js"
-    path.write_text(f"window.llmnbSearch = {text};\n", "utf-8")
-
-
-def order(app):
-    """The book's order, so that of equal hits the earlier comes first."""
-    places = {name: i for i, name in enumerate(app.config.external_site_map)}
-    return lambda docname: (places.get(docname, len(places)), docname)
+            pages.append([page, app.env.titles[docname].astext(), found])
+    write_script(app, "search-data.js", "llmnbSearch", pages)
 
 
 def setup(app):
