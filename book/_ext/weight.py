@@ -17,8 +17,9 @@ from base64 import b64encode
 from importlib.resources import files
 from pathlib import Path
 
-MATHJAX = Path(str(files("sphinx-mathjax-offline")))
-MATHJAX /= "static/mathjax"
+from sphinx.util.images import get_image_size
+
+MATHJAX = Path(str(files("sphinx-mathjax-offline"))) / "static/mathjax"
 # startup comes first and starts MathJax when the rest has run
 MATHJAX_PARTS = {
     "startup": "startup",
@@ -99,7 +100,8 @@ def lazy_images(app, pagename, templatename, context, doctree):
 
     def tag(match):
         name = re.search(r'src="[^"]*_images/([^"]+)"', match[0])
-        room = name and size(Path(app.srcdir) / sizes.get(name[1], ""))
+        uri = name and sizes.get(name[1])
+        room = uri and get_image_size(Path(app.srcdir, uri))
         known = "width=" in match[0] or not room
         room = "" if known else ' width="{}" height="{}"'.format(*room)
         return f'<img loading="lazy" decoding="async"{room} {match[1]}'
@@ -111,19 +113,16 @@ def lazy_images(app, pagename, templatename, context, doctree):
 def tidy(app, pagename, templatename, context, doctree):
     """Leave out what is empty or says nothing.
 
-    That is a header of no column, which a screen reader would announce, a
-    fold's label beside its text, and marks without a colour of their own.
+    That is a header of no column, which a screen reader would announce, and
+    marks without a colour of their own.
     """
     if "body" in context:
         empty = r'<th class="head[^"]*">(<p></p>)?</th>'
         body = re.sub(empty, "<td></td>", context["body"])
         # names, commas and spaces have the colour of all code
         body = re.sub(r'<span class="[npw]">([^<]*)</span>', r"\1", body)
-        label = ' aria-label="Toggle hidden content"'
-        body = body.replace(label, "")
         # a long name at the head of a column may break after a "_"
-        heads = r"(?s)<th [^>]*>.*?</th>"
-        body = re.sub(heads, break_names, body)
+        body = re.sub(r"(?s)<th [^>]*>.*?</th>", break_names, body)
         context["body"] = re.sub(r"(?s)<td>.*?</td>", keep_tuples, body)
 
 
@@ -144,14 +143,6 @@ def keep_tuples(match):
 
     math = 'class="math' in match[0]
     return match[0] if math else SHAPE.sub(kept, match[0])
-
-
-def size(path):
-    """A PNG's width and height, or None."""
-    data = path.read_bytes()[:24] if path.is_file() else b""
-    if data[12:16] != b"IHDR":
-        return None
-    return int.from_bytes(data[16:20]), int.from_bytes(data[20:24])
 
 
 # Styles
@@ -253,6 +244,7 @@ def move_addresses(css, folder):
 
 def write_styles(app, static):
     own = {p.name for p in (Path(app.confdir) / "book/_static").rglob("*.css")}
+    own.add("book.js")
     pages = [*Path(app.outdir).rglob("*.html")]
     scripts = [x for x in static.rglob("*.js") if x.stat().st_size < DATA]
     words = words_of([*pages, *scripts])
@@ -261,28 +253,17 @@ def write_styles(app, static):
     parts = []
     for path in names:
         css = path.read_text("utf-8")
-        css = re.sub(r"/\*(?!!).*?\*/", "", css, flags=re.S)
-        css = re.sub(r"/\*!.*?\*/", keep_licence(parts), css, flags=re.S)
+        # a licence stands before the rules that it covers
+        marked = re.findall(r"/\*!.*?\*/", css, re.S)
+        parts += [x for x in marked if "icense" in x and "ontawesome" not in x]
+        css = re.sub(r"/\*.*?\*/", "", css, flags=re.S)
         if path.name not in own:
             css = prune(css, words)
         parts.append(move_addresses(css, path.parent.relative_to(static)))
     text = re.sub(r"\s*([{};])\s*", r"\1", "\n".join(parts))
-    others = [
-        p for p in static.glob("*.[cj]s*") if p.name in own | {"book.js"}
-    ]
+    others = (x for x in static.glob("*.[cj]s*") if x.name in own)
     text = drop_variables(text, "".join(x.read_text("utf-8") for x in others))
     (static / "book.css").write_text(text, "utf-8")
-
-
-def keep_licence(parts):
-    """Move a licence's comment before the rules that it covers."""
-
-    def kept(match):
-        if "icense" in match[0] and "ontawesome" not in match[0]:
-            parts.append(match[0])
-        return ""
-
-    return kept
 
 
 # Scripts
