@@ -7,6 +7,7 @@ a reference to nothing is a warning even where only some pages are built.
 cards.py shows what a link leads to.
 """
 
+import itertools
 import re
 
 from docutils import nodes
@@ -64,7 +65,7 @@ class Targets:
         self.app, self.known = app, numbered()
 
     def address(self, kind, number, docname):
-        """The address of a target from a page, or None if there is none."""
+        """The address of a target from a page; of none and of itself, none."""
         label = number if kind == "chapter" else number.rsplit(".", 1)[0]
         page = PAGES.get(label)
         there = page and (
@@ -77,14 +78,8 @@ class Targets:
             return None
         if page not in self.app.env.found_docs:
             return None
-        if kind == "chapter":
-            return self.relative(docname, page) if page != docname else None
-        return self.relative(docname, page) + "#" + anchor(kind, number)
-
-    def relative(self, docname, page):
-        if page == docname:
-            return ""
-        return self.app.builder.get_relative_uri(docname, page)
+        link = self.app.builder.get_relative_uri(docname, page)
+        return link if kind == "chapter" else link + "#" + anchor(kind, number)
 
     def split(self, text, docname):
         """Cut a text into pairs: a piece, and the address that it gets."""
@@ -110,20 +105,17 @@ class Targets:
             yield kind, number[0], first, start + number.end() + (kind == "eq")
 
 
-def is_closed(node):
-    while node is not None:
-        if isinstance(node, CLOSED):
-            return True
+def around(node, kinds):
+    """The nearest node of some kinds that holds a node, or is it, or None."""
+    while node is not None and not isinstance(node, kinds):
         node = node.parent
-    return False
+    return node
 
 
 def own_caption(text):
     """Whether a text begins the caption of a figure: it names itself."""
-    paragraph = text.parent
-    while paragraph and not isinstance(paragraph, nodes.paragraph):
-        paragraph = paragraph.parent
-    first = paragraph and next(paragraph.findall(nodes.Text), None)
+    paragraph = around(text, nodes.paragraph)
+    first = paragraph is not None and paragraph.next_node(nodes.Text)
     return first is text and bool(CAPTION.match(text))
 
 
@@ -131,12 +123,11 @@ def join_lines(doctree):
     """Make one text of neighbouring lines, which the parser keeps apart."""
     for element in doctree.findall(nodes.TextElement):
         joined = []
-        for child in element.children:
-            pair = [*joined[-1:], child]
-            if len(pair) == 2 and all(isinstance(x, nodes.Text) for x in pair):
-                joined[-1] = nodes.Text(pair[0] + child)
+        for kind, group in itertools.groupby(element.children, type):
+            if kind is nodes.Text:
+                joined.append(nodes.Text("".join(group)))
             else:
-                joined.append(child)
+                joined += group
         element[:] = joined
 
 
@@ -144,7 +135,7 @@ def link_text(doctree, docname, targets):
     """Make links of the references in a page's text."""
     join_lines(doctree)
     for text in list(doctree.findall(nodes.Text)):
-        if not REFERENCE.search(text) or is_closed(text.parent):
+        if not REFERENCE.search(text) or around(text, CLOSED):
             continue
         head = CAPTION.match(text)[0] if own_caption(text) else ""
         new = [nodes.Text(head)] if head else []
@@ -184,7 +175,7 @@ class Names:
             return None
         found = self.short.get(name, [])
         own = [x for x in found if self.module(x) in exports(docname)]
-        found = own if own else found
+        found = own or found
         return found[0] if len(found) == 1 else None
 
     def module(self, name):
@@ -202,24 +193,19 @@ def exports(docname):
     return {f"llmnb.{x}" for x in chapter.modules} if chapter else ()
 
 
-def section_of(node):
-    while node and not isinstance(node, nodes.section):
-        node = node.parent
-    return node
-
-
 def link_names(doctree, docname, names):
     """Link the first mention of each public name in a section."""
     seen = set()
     for literal in list(doctree.findall(nodes.literal)):
-        if is_closed(literal.parent):
+        if around(literal.parent, CLOSED):
             continue
         name = names.find(literal.astext(), docname)
-        if name is None or (section_of(literal), name) in seen:
+        first = around(literal, nodes.section), name
+        if name is None or first in seen:
             continue
-        seen.add((section_of(literal), name))
-        link = nodes.reference("", refuri=names.address(name, docname))
-        link["internal"] = True
+        seen.add(first)
+        address = names.address(name, docname)
+        link = nodes.reference("", refuri=address, internal=True)
         link["classes"] = ["api-name"]
         literal.replace_self(link)
         link += literal
