@@ -108,10 +108,10 @@ def versions(result):
     return ", ".join(f"{k} {v}" for k, v in found.items()) or "llmnb"
 
 
-def has(result, kind, key):
-    """Whether a row of some kind of contest has some number."""
+def counts(result, kind, key):
+    """Of each contest of a kind, how many of its rows have some number."""
     contests = [x for x in result["contests"] if x["kind"] == kind]
-    return any(key in row for x in contests for row in x["contestants"])
+    return [sum(key in row for row in x["contestants"]) for x in contests]
 
 
 def title(result, found=()):
@@ -124,7 +124,7 @@ def title(result, found=()):
         timed = any("gpu" in x for x in found)
         words = "counted without one" if timed else "not measured yet"
         return f"## On a GPU: {result.get('gpu', {'name': words})['name']}"
-    writing = "Writing: " * has(result, "write", "token_seconds")
+    writing = "Writing: " * any(counts(result, "write", "token_seconds"))
     count = result["threads"]
     threads = f"{count} thread{'s' * (count != 1)}"
     text = f"## {writing}{result['machine']}, {threads}"
@@ -174,15 +174,6 @@ def contest_lines(contest, said):
             yield f"Not measured: any time ({why})."
 
 
-def spaced(lines):
-    """The lines with one empty line where there were several."""
-    before = ""
-    for line in lines:
-        if line or before:
-            yield line
-        before = line
-
-
 def section(stem, result, found=()):
     """The lines about one file."""
     found = found or [result]
@@ -209,12 +200,8 @@ def section(stem, result, found=()):
 
 def draws(result, end, what):
     """Whether a figure has something to compare: not one bar alone."""
-    if end == "-layers":
-        return has(result, *what)
-    kind, key = what
-    contests = [x for x in result["contests"] if x["kind"] == kind]
-    rows = [[key in y for y in x["contestants"]] for x in contests]
-    return any(sum(x) > 1 for x in rows)
+    least = 1 if end == "-layers" else 2
+    return any(x >= least for x in counts(result, *what))
 
 
 def results(book=BOOK):
@@ -228,7 +215,8 @@ def page(found):
     lines = [HEAD]
     for stem, result in found.items():
         lines += section(stem, result, found.values())
-    return "\n".join(spaced(lines)).strip() + "\n"
+    # one empty line where there are several
+    return re.sub("\n{3,}", "\n\n", "\n".join(lines)).strip() + "\n"
 
 
 def digest(result):
