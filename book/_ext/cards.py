@@ -51,10 +51,8 @@ def mark_figures(doctree):
         name = anchor("fig", match[1])
         place = caption.parent.index(caption) - 1
         block = caption.parent[place] if place >= 0 else caption
-        if isinstance(block, nodes.container):
-            block["ids"].append(name)
-        else:
-            caption["ids"].append(name)
+        target = block if isinstance(block, nodes.container) else caption
+        target["ids"].append(name)
         images = [x["uri"] for x in block.findall(nodes.image)]
         yield name, {"text": tidy(caption), "images": images}
 

@@ -135,11 +135,9 @@ class Figure:
         for key in ("width", "height", "version"):
             self.root.attrib.pop(key, None)
         least = min(560, LEGIBLE / self.letters() * width)
-        self.root.set("class", "drawing")
-        self.root.set("role", "img")
-        self.root.set("aria-label", label)
         sizes = f"width: {width:.0f}px; --least: {least:.0f}px"
-        self.root.set("style", sizes)
+        self.root.attrib |= {"class": "drawing", "role": "img"}
+        self.root.attrib |= {"aria-label": label, "style": sizes}
         return markup(self.root)
 
     def letters(self):

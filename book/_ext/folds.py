@@ -60,8 +60,7 @@ def statements(source):
 
 
 def is_definition(statement):
-    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-    return isinstance(statement, kinds)
+    return isinstance(statement, ast.FunctionDef | ast.ClassDef)
 
 
 def only_imports(body):

@@ -232,9 +232,8 @@ def show_docstring(app, what, name, obj, options, lines):
 
 def skip_bare_fields(app, what, name, obj, skip, options):
     """Leave out a class's fields that have no docstring of their own."""
-    if what == "class" and not (callable(obj) or isinstance(obj, property)):
-        return True
-    return None
+    bare = not (callable(obj) or isinstance(obj, property))
+    return True if what == "class" and bare else None
 
 
 def setup(app):

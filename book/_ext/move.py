@@ -48,14 +48,12 @@ def place_figures(app, doctree):
         return
     figures = read_figures(app.env.doc2path(app.env.docname))
     for cell in code_cells(doctree):
-        found = figures[cell["cell_index"]]
-        if not any(found):
-            continue
         bundles = [
             node
             for node in cell.findall(nodes.container)
             if node.get("nb_element") == "mime_bundle"
         ]
+        found = figures[cell["cell_index"]]
         for bundle, data in zip(bundles, found, strict=True):
             if data:
                 bundle.replace_self(figure(data))
