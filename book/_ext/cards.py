@@ -13,7 +13,7 @@ from pathlib import Path
 
 from docutils import nodes
 from links import CAPTION, TAG, anchor
-from llmnb_book import PAGES
+from llmnb_book import chapters
 from sphinx import addnodes
 
 
@@ -92,7 +92,7 @@ def card_of_module(doctree, docname):
 def card_of_page(doctree, docname):
     """A chapter's name and the sentence under its title."""
     summary = next(doctree.findall(nodes.block_quote), None)
-    if docname in PAGES.values() and summary is not None:
+    if docname in chapters() and summary is not None:
         yield f"{docname}.html", {"page": docname, "text": tidy(summary)}
 
 

@@ -11,7 +11,7 @@ import itertools
 import re
 
 from docutils import nodes
-from llmnb_book import PAGES, ROOT, chapters
+from llmnb_book import chapters, pages
 from sphinx import addnodes
 from sphinx.util import logging
 
@@ -47,11 +47,11 @@ def anchor(kind, number):
     return f"{kind}-{number.replace('.', '-')}"
 
 
-def numbered(root=ROOT):
+def numbered():
     """The anchors of all equations and figures in the notebooks' sources."""
     found = set()
-    for path in root.glob("notebooks/*/*.py"):
-        text = path.read_text("utf-8")
+    for chapter in chapters().values():
+        text = chapter.path.read_text("utf-8")
         found |= {anchor("eq", x) for x in TAG.findall(text)}
         captions = re.findall(rf"^# \*?{CAPTION.pattern}", text, re.M)
         found |= {anchor("fig", x) for x in captions}
@@ -67,7 +67,7 @@ class Targets:
     def address(self, kind, number, docname):
         """The address of a target from a page; of none and of itself, none."""
         label = number if kind == "chapter" else number.rsplit(".", 1)[0]
-        page = PAGES.get(label)
+        page = pages().get(label)
         there = page and (
             kind == "chapter" or anchor(kind, number) in self.known
         )

@@ -22,17 +22,8 @@ from sphinx.util import logging
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
-from llmnb.book.export import (  # noqa: E402
-    chapter_label,
-    read_chapters,
-    sources,
-)
+from llmnb.book.export import read_chapters  # noqa: E402
 
-# the document of each chapter, by its number
-PAGES = {
-    chapter_label(path): path.relative_to(ROOT).with_suffix("").as_posix()
-    for path in sources(ROOT / "notebooks")
-}
 # the other extensions of this folder; they act after this one, in this order
 PARTS = (
     "head",
@@ -61,6 +52,12 @@ def chapters():
     """The chapters by their documents, in the order of the book."""
     found = read_chapters(ROOT / "notebooks")
     return {f"notebooks/{x.place.removesuffix('.py')}": x for x in found}
+
+
+@functools.cache
+def pages():
+    """The document of each chapter, by its number."""
+    return {chapter.label: page for page, chapter in chapters().items()}
 
 
 def number_chapter(doctree, label):
@@ -180,8 +177,8 @@ def describe(app, doctree, docname):
 def name_anchors(app, doctree, docname):
     """Let Markdown links reach API names and the glossary's terms."""
     slugs = app.env.metadata[docname].setdefault("myst_slugs", {})
-    for node in doctree.findall():
-        for name in getattr(node, "attributes", {}).get("ids", []):
+    for node in doctree.findall(nodes.Element):
+        for name in node["ids"]:
             if name.startswith(("llmnb.", "module-llmnb", "term-")):
                 slugs.setdefault(name, (node.line or 0, name, name))
 
@@ -221,7 +218,7 @@ def show_docstring(app, what, name, obj, options, lines):
     for block in blocks:
         derived = DERIVED.fullmatch(block.strip())
         if derived:
-            page = PAGES[derived[1]]
+            page = pages()[derived[1]]
             link = f":doc:`chapter {derived[1]} </{page}>`"
             lines += [f"Derived in {link}.", ""]
         elif block.startswith(" "):

@@ -9,6 +9,7 @@ import re
 
 from cards import terms, write_script
 from docutils import nodes
+from folds import is_cell
 from sphinx import addnodes
 
 # these hold no prose, or stand on their own
@@ -46,9 +47,7 @@ def texts(node):
 
 
 def is_code(node):
-    return "export-label" in node.get("classes", []) or (
-        node.get("nb_element") == "cell_code"
-    )
+    return is_cell(node) or "export-label" in node.get("classes", [])
 
 
 def prose(node):
