@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from commands import LIBRARY
-from processes import ROOT, wait_for
+from processes import ROOT, output, wait_for
 from runs import learnt, rows
 
 MPIRUN = Path(sys.executable).with_name("mpirun")
@@ -80,12 +80,9 @@ def refused(*commands):
 
 
 def alone(*args, **where):
-    """What one process writes that mpirun did not start."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT)} | where
-    return subprocess.run(
-        [sys.executable, *map(str, args)], env=environment, check=True,
-        capture_output=True, text=True,
-    ).stdout  # fmt: skip
+    """What a command writes in one process that mpirun did not start."""
+    program = "from llmnb.cli.__main__ import main; main()"
+    return output(program, *args, **where)
 
 
 def found(mark):
@@ -109,7 +106,7 @@ def found(mark):
 def one(tmp_path_factory):
     """The folder of a run of one process, which mpirun did not start."""
     folder = tmp_path_factory.mktemp("one") / "a"
-    alone(*TRAIN, "--out", folder, "--threads", 2)
+    alone(*TRAIN[2:], "--out", folder, "--threads", 2)
     return folder
 
 
@@ -278,7 +275,7 @@ def one_gpu(tmp_path_factory):
     """The folder of a run of a group of one."""
     pytest.importorskip("greenlet", reason="the simulator needs greenlet")
     folder = tmp_path_factory.mktemp("gpu") / "a"
-    alone(*ON_GPU, "--group", "mpi", "--out", folder, **SIMULATED)
+    alone(*ON_GPU[2:], "--group", "mpi", "--out", folder, **SIMULATED)
     return folder
 
 
@@ -345,7 +342,7 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "a"
     args = ["--tokenizer", "byte", "--shard-tokens", 30_000, "--threads", 1]
     args += ["--corpus", LIBRARY, LIBRARY]
-    alone("-m", "llmnb.cli", "data", folder, *args)
+    alone("data", folder, *args)
     return args, files(folder)
 
 
@@ -393,7 +390,7 @@ def scored(one, tmp_path_factory):
     (folder / "a.jsonl").write_text("\n".join(lines))
     args = ["-m", "llmnb.cli", "eval", one, "--threads", 1]
     args += ["--text", folder / "a.txt", "--hellaswag", folder / "a.jsonl"]
-    return args, alone(*args)
+    return args, alone(*args[2:])
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
