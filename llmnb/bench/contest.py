@@ -4,24 +4,30 @@
 
 __all__ = [
     "FACTS", "GENERATIONS", "SEEN", "TOLERANCE", "compiled", "count",
-    "in_turns", "judge", "kernel_contests", "timed",
+    "in_turns", "judge", "kernel_contests", "wrong_with",
 ]
 
 
 # imports of the contest
 import functools
+import math
+import re
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 
 from llmnb.bench.clock import Clock, limits, no_times
-from llmnb.bench.ladders import GPT2_124M, LADDERS, is_float, ladder_named
+from llmnb.bench.ladders import (
+    GPT2_124M, LADDERS, Sizes, declared_shape, ladder_named, needed,
+)
 from llmnb.bench.peers import torch_on
 from llmnb.bench.race import take_turns
 from llmnb.cuda.cublas import no_cublas
-from llmnb.gpu.launch import empty, simulated, to_device, to_host
+from llmnb.gpu.launch import Kernel, empty, simulated, to_device, to_host
 from llmnb.gpu.ptx import compile_kernel, no_compiler
 from llmnb.gpu.simulator import watch
+from llmnb.gpu.toolkit import numba_cuda
 
 
 # run a version
@@ -46,6 +52,38 @@ def _ready(ladder, version, sizes, there):
 TOLERANCE = 5e-5  # relative to the largest element of a result
 
 
+def wrong_with(got, want, kept):
+    """What is wrong with the arrays that a version leaves, a text.
+
+    got: what it has left, by name. want: results in float64, of which a
+    first part is enough. kept: what must be as before. All are NumPy's
+    arrays or all are tensors.
+
+    Derived in chapter A.7.
+    """
+    for name, x in want.items():
+        x = x.reshape(-1)
+        y = got[name].reshape(-1)[: len(x)]
+        if not (abs(y) < math.inf).all():
+            return f"{name} is not finite everywhere"
+        error = float(abs(y - x).max()) / max(1.0, float(abs(x).max()))
+        if not error <= TOLERANCE:
+            return f"{name} is {error:.0e} from float64"
+    for name, x in kept.items():
+        y = got[name]
+        if not ((x == y) | (x != x) & (y != y)).all():  # NaN stays NaN
+            return f"{name} was changed"
+    return ""
+
+
+def _kept(ladder, arguments):
+    """The arrays that a layer only reads, by name."""
+    return {
+        k: x for k, x in arguments.items()
+        if np.ndim(x) and k not in ladder.results
+    }  # fmt: skip
+
+
 def judge(ladder, version, sizes, place=to_device, seed=1):
     """Run a version on fresh arguments and compare with the reference.
 
@@ -59,20 +97,9 @@ def judge(ladder, version, sizes, place=to_device, seed=1):
     arguments = ladder.draw(sizes, seed)
     there = _placed(arguments, place)
     _ready(ladder, version, sizes, there)()
-    want = ladder.expected(arguments)
-    for name in [k for k, v in arguments.items() if np.ndim(v)]:
-        got = to_host(there[name])
-        if name not in want:
-            if not np.array_equal(got, arguments[name], is_float(got)):
-                return f"{name} was changed"
-            continue
-        if not np.isfinite(got).all():
-            return f"{name} is not finite everywhere"
-        scale = max(1.0, np.abs(want[name]).max())
-        error = np.abs(got - want[name]).max() / scale
-        if error > TOLERANCE:
-            return f"{name} is {error:.0e} from the reference"
-    return ""
+    got = {k: to_host(x) for k, x in there.items() if np.ndim(x)}
+    want, kept = ladder.expected(arguments), _kept(ladder, arguments)
+    return wrong_with(got, want, kept)
 
 
 # what the simulator sees
@@ -150,23 +177,6 @@ def in_turns(clock, runs, budget=2.0):
     return take_turns(turns, range(min(max(rounds, 5), 50)))
 
 
-def timed(ladder, versions, sizes, arguments, clock):
-    """Let versions of a layer and their rivals take turns on a GPU.
-
-    versions: numbers from 1, by name. sizes, arguments: a Sizes, and what
-    `Ladder.draw` made for it. PyTorch joins in where it has a GPU, NVIDIA's
-    library where the layer has one that starts. Returns a dict from name to
-    a dict: seconds, or unmeasured.
-
-    Derived in chapter A.7.
-    """
-    there = _placed(arguments, to_device)
-    runs = {k: _ready(ladder, x, sizes, there) for k, x in versions.items()}
-    rivals, found = _rivals(ladder, there)
-    seconds = in_turns(clock, runs | rivals)
-    return {k: {"seconds": x} for k, x in seconds.items()} | found
-
-
 def _rivals(ladder, there):
     """Who runs a layer beside our versions, and why others cannot."""
     runs, found = {}, {}
@@ -193,6 +203,214 @@ def _tensors(torch, there):
     }
 
 
+# arguments on the GPU
+def drawn_by(torch, ladder, sizes, where="cuda"):
+    """As `Ladder.draw`, but tensors, drawn where they are used."""
+    torch.manual_seed(1)
+    part = functools.partial
+    tokens = part(torch.randint, sizes.V, dtype=torch.int32, device=where)
+    before = numbers = part(torch.randn, device=where)
+    if not ladder.changes:
+        before = part(torch.full, fill_value=math.nan, device=where)
+    elif re.match("(?!residual).*_backward", ladder.layer):
+        before = part(torch.zeros, device=where)  # as PyTorch begins
+    made = ladder.fill(sizes, (tokens, before, numbers), torch)
+    return {
+        k: torch.from_numpy(x).to(where) if isinstance(x, np.ndarray) else x
+        for k, x in made.items()
+    }
+
+
+# what should come out
+def expected_by(torch, ladder, arguments):
+    """What a layer should leave, by name, from PyTorch in float64.
+
+    Of AdamW the first 4,096 elements, from the reference.
+    """
+    if ladder.layer == "adamw_apply":
+        few = {k: x[:4096].cpu().numpy().copy() for k, x in arguments.items()}
+        want = ladder.expected(few)
+        where = arguments["params"].device
+        return {k: torch.from_numpy(x).to(where) for k, x in want.items()}
+    wide = {
+        k: x.double() if hasattr(x, "dtype") and x.is_floating_point() else x
+        for k, x in arguments.items()
+    }
+    if "logits" in wide:  # padding that takes no part
+        wide["logits"][..., wide["V"] :] = -math.inf
+    found = ladder.torch(torch, SimpleNamespace(**wide))()
+    found = [x.detach() for x in found]
+    return dict(zip(ladder.results, found, strict=False))
+
+
+# what fits
+def free_bytes():
+    """Bytes that are free on the GPU."""
+    return numba_cuda().current_context().get_memory_info()[0]
+
+
+def fitting_batch(batch_size, needs, free):
+    """The batch size, halved until needs(it) bytes are free.
+
+    Raises MemoryError, in one sentence, where one sequence does not fit.
+    """
+    while needs(batch_size) > free:
+        if batch_size == 1:
+            raise MemoryError(
+                f"one sequence needs {needs(1):,} bytes on the GPU, of which "
+                f"{free:,} are free"
+            )
+        batch_size //= 2
+    return batch_size
+
+
+def layer_bytes(ladder, sizes, batch_size):
+    """Bytes for judging and timing all versions of a layer, roughly."""
+    letters = sizes._replace(B=batch_size).letters
+    shapes = [
+        declared_shape(x, letters, ladder.any) for x in needed(ladder.declared)
+    ]
+    wide = 0 if ladder.layer == "adamw_apply" else 6  # it is judged in part
+    copies = 3 + wide
+    return copies * sum(4 * math.prod(x) for x in shapes)
+
+
+def _fitted(ladder, sizes, contest):
+    """The sizes with as many sequences as fit; a contest tells them."""
+    needs = functools.partial(layer_bytes, ladder, sizes)
+    sizes = sizes._replace(B=fitting_batch(sizes.B, needs, free_bytes()))
+    contest["about"] += f", timed at {_words(sizes._asdict())}"
+    return sizes
+
+
+def _words(sizes):
+    return ", ".join(f"{k} = {v}" for k, v in sizes.items())
+
+
+# arrays of both sides
+def _there(torch, drawn):
+    """Fresh copies of arguments, as arrays for our kernels."""
+    if not torch:
+        return _placed(drawn, to_device)
+    share = functools.partial(numba_cuda().as_cuda_array, sync=False)
+    return {
+        k: share(x.clone()) if hasattr(x, "clone") else x
+        for k, x in drawn.items()
+    }
+
+
+def torch_or_none():
+    """The module torch where it has a GPU, or None."""
+    try:
+        return torch_on("cuda")
+    except (ImportError, NotImplementedError):
+        return None
+
+
+# a version with link-time optimisation
+@functools.cache
+def _linked(kernel):
+    """What link-time optimisation makes of a kernel."""
+    options = kernel.options | {"lto": True}
+    return Kernel(kernel.function, **options).compiled()
+
+
+def _with_lto(run):
+    """The same launches, linked."""
+    with watch() as seen:
+        run()
+    plain = {k: k._made for k, *_ in seen.launches}
+
+    def linked():
+        try:
+            for k in plain:
+                k._made = _linked(k)
+            run()
+        finally:
+            for k, made in plain.items():
+                k._made = made
+
+    return linked
+
+
+# right, then timed
+class Gpu(NamedTuple):
+    """What versions are judged and timed with.
+
+    clock: a `Clock`. most: of `limits`. torch: the module where it has a
+    GPU, or None. judged: the Sizes for the reference, or None: nothing is
+    judged. budget: of `in_turns`. linked: whether the best version is timed
+    with link-time optimisation too.
+    """
+
+    clock: Clock
+    most: dict
+    torch: object
+    judged: Sizes | None
+    budget: float = 2.0
+    linked: bool = False
+
+
+def on_gpu(**how):
+    """A Gpu, with its clock, limits and PyTorch as they are here."""
+    clock = Clock()
+    return Gpu(clock, limits(clock), torch_or_none(), **how)
+
+
+def kernel_rows(ladder, sizes, gpu, contest, wrong=None):
+    """Judge and time all versions of a layer and its rivals: rows by name.
+
+    contest: a dict; what is timed, its work and its limit are added. wrong:
+    what is known to be wrong with versions, by name; they are not run.
+    """
+    sizes = _fitted(ladder, sizes, contest)
+    torch, runs, wrong = gpu.torch, {}, wrong or {}
+    drawn = drawn_by(torch, ladder, sizes) if torch else ladder.draw(sizes)
+    contest |= _goal(ladder, sizes, drawn, gpu.most)
+    if gpu.judged:
+        wrong = wrong | _found_wrong(ladder, sizes, gpu, drawn, wrong)
+    there = _there(torch, drawn)
+    for number, name in enumerate(ladder.names, 1):
+        if name not in wrong:
+            runs[name] = _ready(ladder, number, sizes, there)
+    if runs and gpu.linked:
+        name, run = [*runs.items()][-1]
+        runs[f"{name}, LTO"] = _with_lto(run)
+    rivals, found = _rivals(ladder, there)
+    times = in_turns(gpu.clock, runs | rivals, gpu.budget)
+    found |= {k: {"unmeasured": f"wrong: {x}"} for k, x in wrong.items()}
+    return {k: {"seconds": x} for k, x in times.items()} | found
+
+
+def _found_wrong(ladder, sizes, gpu, drawn, known):
+    """What is wrong with versions, by name; those that are known are left.
+
+    The reference sees a few rows, PyTorch, where it is, all that is drawn.
+    """
+    torch, found, kept = gpu.torch, {}, _kept(ladder, drawn)
+    want = expected_by(torch, ladder, drawn) if torch else {}
+    judged = gpu.judged._replace(B=min(gpu.judged.B, sizes.B))
+    for number, name in enumerate(ladder.names, 1):
+        if name in known:
+            continue
+        wrong = judge(ladder, number, judged)
+        if want and not wrong:
+            there = _there(torch, drawn)
+            _ready(ladder, number, sizes, there)()
+            wrong = wrong_with(_tensors(torch, there), want, kept)
+        if wrong:
+            found[name] = wrong
+    return found
+
+
+def _goal(ladder, sizes, arguments, most):
+    """The work of a layer, and what a GPU can do of it in a second."""
+    if ladder.flops:
+        return {"work": ladder.flops(sizes), "limit": most["fma_peak"]}
+    least = ladder.least_bytes(arguments)
+    return {"work": least, "limit": most["copy_bytes"]}
+
+
 # the contest
 def kernel_contests(layers=(), sizes=GPT2_124M, counted=None, bar=iter):
     """Compare the versions of layers: a list of contests, ready for JSON.
@@ -206,48 +424,27 @@ def kernel_contests(layers=(), sizes=GPT2_124M, counted=None, bar=iter):
     Derived in chapter A.7.
     """
     ladders = [ladder_named(x) for x in layers] or [*LADDERS]
-    clock = None if no_times() else Clock()
-    most = limits(clock) if clock else {}
-    return [_contest(x, sizes, counted, clock, most) for x in bar(ladders)]
+    gpu = None if no_times() else on_gpu(judged=sizes)
+    return [_contest(x, sizes, counted, gpu) for x in bar(ladders)]
 
 
-def _contest(ladder, sizes, counted, clock, most):
+def _contest(ladder, sizes, counted, gpu):
     """What is known of all versions of a layer, with a GPU or without."""
     rows = {}
     for number, name in enumerate(ladder.names, 1):
         row, launches = count(ladder, number, counted)
         if not no_compiler():
             row["compiled"] = compiled(launches)
-        wrong = row.get("wrong") or (clock and judge(ladder, number, sizes))
-        if wrong or not clock:
+        if "wrong" in row or not gpu:
+            wrong = row.get("wrong")
             row["unmeasured"] = f"wrong: {wrong}" if wrong else no_times()
         rows[name] = row
     about = f"counted at {_words(row['sizes'])}"
     found = {"name": ladder.layer, "kind": "kernel", "work": 0, "limit": 0}
-    if clock:
-        about += f", timed at {_words(sizes._asdict())}"
-        found |= _race(ladder, rows, sizes, clock, most)
+    found["about"] = about
+    if gpu:
+        wrong = {k: x["wrong"] for k, x in rows.items() if "wrong" in x}
+        timed = kernel_rows(ladder, sizes, gpu, found, wrong)
+        rows |= {k: rows.get(k, {}) | x for k, x in timed.items()}
     rows = [{"name": name, **row} for name, row in rows.items()]
-    return found | {"about": about, "contestants": rows}
-
-
-def _race(ladder, rows, sizes, clock, most):
-    """Time the versions that are right; fills in rows, returns the work."""
-    numbers = enumerate(rows.items(), 1)
-    good = {k: i for i, (k, row) in numbers if "unmeasured" not in row}
-    arguments = ladder.draw(sizes)
-    for name, each in timed(ladder, good, sizes, arguments, clock).items():
-        rows[name] = rows.get(name, {}) | each
-    return _goal(ladder, sizes, arguments, most)
-
-
-def _goal(ladder, sizes, arguments, most):
-    """The work of a layer, and what a GPU can do of it in a second."""
-    if ladder.flops:
-        return {"work": ladder.flops(sizes), "limit": most["fma_peak"]}
-    least = ladder.least_bytes(arguments)
-    return {"work": least, "limit": most["copy_bytes"]}
-
-
-def _words(sizes):
-    return ", ".join(f"{k} = {v}" for k, v in sizes.items())
+    return found | {"contestants": rows}

@@ -18,15 +18,12 @@ import numpy as np
 
 from llmnb.arena import footprint, put
 from llmnb.bench.bench import CONFIGS, WARM_UP, _specs, _step_row
-from llmnb.bench.clock import Clock, limits, no_times
+from llmnb.bench.clock import Clock, no_times
 from llmnb.bench.contest import (
-    TOLERANCE, _goal, _placed, _ready, _rivals, _tensors, _words, in_turns,
-    judge,
+    _fitted, _tensors, fitting_batch, free_bytes, in_turns, kernel_rows,
+    on_gpu, torch_or_none,
 )
-from llmnb.bench.ladders import (
-    GPT2_124M, LADDERS, TINY, declared_shape, ladder_named, needed,
-)
-from llmnb.bench.peers import torch_on
+from llmnb.bench.ladders import GPT2_124M, LADDERS, TINY, ladder_named
 from llmnb.bench.race import Settings, facts_of, race, ratios
 from llmnb.config import GPT2Config
 from llmnb.cuda import cublas
@@ -36,8 +33,8 @@ from llmnb.cuda.cublas import no_cublas
 from llmnb.cuda.matmul import matmul_scratch
 from llmnb.files import write_whole
 from llmnb.gpu.fragments import pack
-from llmnb.gpu.launch import Kernel, empty, kernel, to_device, to_host
-from llmnb.gpu.simulator import cuda, watch
+from llmnb.gpu.launch import empty, kernel, to_device, to_host
+from llmnb.gpu.simulator import cuda
 from llmnb.gpu.toolkit import numba_cuda
 from llmnb.model.gpt2 import GPT2
 from llmnb.model.layout import gpt2_layout
@@ -178,48 +175,9 @@ def ask_right(result, shapes, precisions):
 
 
 # what fits
-def free_bytes():
-    """Bytes that are free on the GPU."""
-    return numba_cuda().current_context().get_memory_info()[0]
-
-
-def fitting_batch(batch_size, needs, free):
-    """The batch size, halved until needs(it) bytes are free.
-
-    Raises MemoryError, in one sentence, where one sequence does not fit.
-    """
-    while needs(batch_size) > free:
-        if batch_size == 1:
-            raise MemoryError(
-                f"one sequence needs {needs(1):,} bytes on the GPU, of which "
-                f"{free:,} are free"
-            )
-        batch_size //= 2
-    return batch_size
-
-
 def model_bytes(cfg, seq_len, batch_size):
     """Bytes in which a GPT2 trains in float32, without scratch memory."""
     return sum(footprint(gpt2_layout(cfg, batch_size, seq_len)).values())
-
-
-def layer_bytes(ladder, sizes, batch_size):
-    """Bytes for judging and timing all versions of a layer, roughly."""
-    letters = sizes._replace(B=batch_size).letters
-    shapes = [
-        declared_shape(x, letters, ladder.any) for x in needed(ladder.declared)
-    ]
-    wide = 0 if ladder.layer == "adamw_apply" else 6  # it is judged in part
-    copies = len(ladder.versions) + 2 + wide
-    return copies * sum(4 * math.prod(x) for x in shapes)
-
-
-def _fitted(ladder, sizes, contest):
-    """The sizes with as many sequences as fit; a contest tells them."""
-    needs = partial(layer_bytes, ladder, sizes)
-    sizes = sizes._replace(B=fitting_batch(sizes.B, needs, free_bytes()))
-    contest["about"] += f", timed at {_words(sizes._asdict())}"
-    return sizes
 
 
 # the limit of mma
@@ -267,7 +225,7 @@ def half_arguments(ladder, sizes):
         if name not in SINGLE and np.isfinite(x).all():
             setattr(a, name, from_bfloat16(to_bfloat16(x)))
     if ladder.layer == "attention_backward":
-        ladder.settle(a)  # out and lse are those of rounded numbers
+        ladder.settle(a, np)  # out and lse are those of rounded numbers
     return vars(a)
 
 
@@ -291,7 +249,7 @@ def half_apart(ladder, drawn, there):
 
 def ask_halves(result, sizes, judging):
     """Judge and time the layers in bfloat16; judging: as for kernels."""
-    clock, torch = Clock(), _torch()
+    clock, torch = Clock(), torch_or_none()
     peak, names = mma_peak(clock), ("llmnb bf16", "torch bf16")
     for layer in HALVES:
         contest = result.contest(f"{layer}_bf16", "kernel", "in bfloat16")
@@ -375,121 +333,6 @@ def _step(name, spec, settings, tokens):
     return _step_row(row, tokens, 0)
 
 
-# arguments on the GPU
-def drawn_by(torch, ladder, sizes, where="cuda"):
-    """As `Ladder.draw`, but tensors, drawn where they are used."""
-    letters, a = sizes.letters, SimpleNamespace()
-    torch.manual_seed(1)
-    added = ladder.layer.endswith("_backward")
-    added = added and ladder.layer != "residual_backward"
-    for x in needed(ladder.declared):
-        shape = declared_shape(x, letters, ladder.any)
-        if x.limit:
-            value = torch.randint(sizes.V, shape, dtype=torch.int32)
-        elif x.written and not ladder.changes:
-            value = torch.full(shape, math.nan, device=where)
-        elif x.written and added:
-            value = torch.zeros(shape, device=where)  # as PyTorch begins
-        else:
-            value = torch.randn(shape, device=where)
-        setattr(a, x.name, value.to(where))
-    for name in ladder.declared.arguments.below:
-        setattr(a, name, letters[name])
-    _settled(torch, ladder, a)
-    for name, x in vars(a).items():
-        if isinstance(x, np.ndarray):
-            setattr(a, name, torch.from_numpy(x).to(where))
-    return vars(a)
-
-
-# arguments that can be
-def _settled(torch, ladder, a):
-    """What the forward pass would have left, from PyTorch."""
-    if ladder.layer == "layernorm_backward":
-        a.mean = a.inp.mean(-1)
-        a.rstd = (a.inp.var(-1, correction=0) + 1e-5).rsqrt()
-    elif ladder.layer == "attention_backward":
-        _attended(torch, a)
-    elif ladder.layer == "crossentropy_softmax_backward":
-        a.lse = a.logits[..., : a.V].logsumexp(-1)
-        a.logits[..., a.V :] = math.nan
-        a.dlosses /= a.dlosses.numel()
-    else:
-        ladder.settle(a)
-
-
-def _attended(torch, a):
-    """Attention's output and lse, row by row of the batch."""
-    B, T, C = a.out.shape
-    NH = a.lse.shape[1]
-    later = torch.ones(T, T, dtype=bool, device=a.inp.device).triu(1)
-    for b in range(B):
-        q, k, v = a.inp[b].view(T, 3, NH, C // NH).permute(1, 2, 0, 3)
-        scores = q @ k.mT / math.sqrt(C // NH)
-        scores.masked_fill_(later, -math.inf)
-        a.lse[b] = scores.logsumexp(-1)
-        a.out[b] = (scores.softmax(-1) @ v).transpose(0, 1).reshape(T, C)
-
-
-# what should come out
-def expected_by(torch, ladder, arguments):
-    """What a layer should leave, by name, from PyTorch in float64.
-
-    Of AdamW the first 4,096 elements, from the reference.
-    """
-    if ladder.layer == "adamw_apply":
-        few = {k: x[:4096].cpu().numpy().copy() for k, x in arguments.items()}
-        want = ladder.expected(few)
-        return {k: torch.from_numpy(x) for k, x in want.items()}
-    wide = {
-        k: x.double() if hasattr(x, "dtype") and x.is_floating_point() else x
-        for k, x in arguments.items()
-    }
-    if "logits" in wide:  # padding that takes no part
-        wide["logits"][..., wide["V"] :] = -math.inf
-    found = ladder.torch(torch, SimpleNamespace(**wide))()
-    return dict(zip(ladder.results, found, strict=False))
-
-
-def wrong_by(torch, got, want):
-    """What is wrong with results, tensors by name; empty if nothing is."""
-    for name, x in want.items():
-        y = got[name].reshape(-1)[: x.numel()].to(x.device)
-        y, x = y.double(), x.reshape(-1)
-        if not torch.isfinite(y).all():
-            return f"{name} is not finite everywhere"
-        error = ((y - x).abs().max() / x.abs().max().clamp_min(1)).item()
-        if error > TOLERANCE:
-            return f"{name} is {error:.0e} from float64"
-    return ""
-
-
-# a version with link-time optimisation
-@cache
-def _linked(kernel):
-    """What link-time optimisation makes of a kernel."""
-    options = kernel.options | {"lto": True}
-    return Kernel(kernel.function, **options).compiled()
-
-
-def _with_lto(run):
-    """The same launches, linked; run() has been called before."""
-    with watch() as seen:
-        run()
-    plain = {k: k._made for k, *_ in seen.launches}
-
-    def linked():
-        try:
-            for k in plain:
-                k._made = _linked(k)
-            run()
-        finally:
-            for k, made in plain.items():
-                k._made = made
-
-    return linked
-
-
 # the fourth contest
 def ask_kernels(result, sizes, judging):
     """Judge and time every version of every layer, most work first.
@@ -497,60 +340,12 @@ def ask_kernels(result, sizes, judging):
     judging: whether a version must be right to be timed; not on a driver
     that computes nothing.
     """
-    clock = Clock()
-    most, torch = limits(clock), _torch()
+    gpu = on_gpu(judged=TINY if judging else None, budget=0.5, linked=True)
     for ladder in sorted(LADDERS, key=lambda x: x.flops is None):
         contest = result.contest(ladder.layer, "kernel", "in float32")
         contest |= {"work": 0, "limit": 0}
-        what = ladder, sizes, clock, most, torch, judging, contest
-        result.rows(contest, ladder.names, partial(_rows, *what), needs=15)
-
-
-def _torch():
-    """The module torch where it has a GPU, or None."""
-    try:
-        return torch_on("cuda")
-    except (ImportError, NotImplementedError):
-        return None
-
-
-def _rows(ladder, sizes, clock, most, torch, judging, contest):
-    """The rows of a layer by name; fills in what the contest is about."""
-    sizes = _fitted(ladder, sizes, contest)
-    drawn = drawn_by(torch, ladder, sizes) if torch else ladder.draw(sizes)
-    want = expected_by(torch, ladder, drawn) if torch and judging else {}
-    found, runs, wrong = {}, {}, ""
-    for number, name in enumerate(ladder.names, 1):
-        there = _there(torch, drawn)
-        run = _ready(ladder, number, sizes, there)
-        run()
-        if want:
-            wrong = wrong_by(torch, _tensors(torch, there), want)
-        elif judging:
-            wrong = judge(ladder, number, TINY)
-        if wrong:
-            found[name] = {"unmeasured": f"wrong: {wrong}"}
-        else:
-            runs[name] = run
-    if runs:
-        name, run = [*runs.items()][-1]
-        runs[f"{name}, LTO"] = _with_lto(run)
-    rivals, others = _rivals(ladder, _there(torch, drawn))
-    times = in_turns(clock, runs | rivals, budget=0.5)
-    contest |= _goal(ladder, sizes, drawn, most)
-    return found | {k: {"seconds": x} for k, x in times.items()} | others
-
-
-# arrays of both sides
-def _there(torch, drawn):
-    """Fresh copies of arguments, as arrays for our kernels."""
-    if not torch:
-        return _placed(drawn, to_device)
-    share = partial(numba_cuda().as_cuda_array, sync=False)
-    return {
-        k: share(x.clone()) if hasattr(x, "clone") else x
-        for k, x in drawn.items()
-    }
+        rows = partial(kernel_rows, ladder, sizes, gpu, contest)
+        result.rows(contest, ladder.names, rows, needs=15)
 
 
 # epilogues

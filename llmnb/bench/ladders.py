@@ -12,6 +12,7 @@ __all__ = [
 import functools
 import importlib.util
 import inspect
+import math
 import re
 from importlib import import_module
 from types import SimpleNamespace
@@ -80,28 +81,27 @@ def declared_shape(argument, letters, any="B T C"):
     return shape
 
 
-def drawn(layer, letters, seed=0, any="B T C", changes=True):
-    """Random arguments that fit a layer: a dict, in the layer's order.
+def drawn(layer, letters, makers, any="B T C"):
+    """Arguments that fit a layer: a dict, in the layer's order.
 
-    letters: sizes by their letters, and numbers by their names. any: what
-    stands for "...". changes: whether the layer reads what it writes;
-    otherwise that is NaN before. Tokens are drawn below V.
+    letters: sizes by their letters, and numbers by their names. makers:
+    three functions of a shape, which make tokens, what a result holds
+    before, and other numbers. any: what stands for "...".
 
     Derived in chapter A.7.
     """
-    random, given = np.random.default_rng(seed), {}
+    tokens, before, numbers = makers
+    given = {}
     for a in needed(layer):
-        shape = declared_shape(a, letters, any)
-        if a.limit:
-            given[a.name] = random.integers(0, letters["V"], shape, np.int32)
-        elif a.written and not changes:
-            given[a.name] = np.full(shape, np.nan, np.float32)
-        else:
-            given[a.name] = random.standard_normal(shape, np.float32)
+        make = tokens if a.limit else before if a.written else numbers
+        given[a.name] = make(declared_shape(a, letters, any))
     return given | {x: letters[x] for x in layer.arguments.below}
 
 
 # one ladder
+_NAN = np.float32(np.nan)
+
+
 class Ladder(NamedTuple):
     """A layer whose versions are compared.
 
@@ -109,8 +109,8 @@ class Ladder(NamedTuple):
     function of the module torch and the arguments that returns what to run;
     its tuple of results is in the order of the layer's, and may end early.
     changes: whether the layer reads what it writes, so that both count.
-    settle: a function that makes drawn arguments ones that can be. any: of
-    `drawn`. flops: a function of Sizes, or None where the bytes are what
+    settle: a function of drawn arguments and of their module, NumPy or
+    torch, that makes them ones that can be. any: of `drawn`. flops: a function of Sizes, or None where the bytes are what
     takes the time. table: the argument that is a table of which a batch
     asks for some rows. work: a function of Sizes, the floats of scratch
     memory. reference: in place of the function of that name. library:
@@ -125,7 +125,7 @@ class Ladder(NamedTuple):
     layer: str
     torch: object
     changes: bool = False
-    settle: object = lambda a: None
+    settle: object = lambda a, module: None
     any: str = "B T C"
     flops: object = None
     table: str = ""
@@ -162,10 +162,24 @@ class Ladder(NamedTuple):
         return [a.name for a in needed(self.declared) if a.written]
 
     def draw(self, sizes, seed=0):
-        """The arguments as a dict of NumPy arrays and numbers."""
-        how = sizes.letters, seed, self.any, self.changes
-        a = SimpleNamespace(**drawn(self.declared, *how))
-        self.settle(a)
+        """The arguments as a dict of NumPy arrays and numbers.
+
+        What is only written is NaN before, and tokens are below V.
+        """
+        random = np.random.default_rng(seed)
+        numbers = functools.partial(random.standard_normal, dtype=np.float32)
+        makers = (
+            lambda shape: random.integers(0, sizes.V, shape, np.int32),
+            numbers if self.changes else lambda x: np.full(x, _NAN),
+            numbers,
+        )
+        return self.fill(sizes, makers, np)
+
+    def fill(self, sizes, makers, module):
+        """Arguments from makers, see `drawn`, of NumPy or of torch."""
+        made = drawn(self.declared, sizes.letters, makers, self.any)
+        a = SimpleNamespace(**made)
+        self.settle(a, module)
         return vars(a)
 
     def few(self, sizes):
@@ -204,38 +218,54 @@ def is_float(x):
 
 
 # arguments that can be
-def _small_weight(a):
+def _small_weight(a, _):
     a.weight *= np.float32(0.02)
 
 
-def _after_layernorm(a):
+def _after_layernorm(a, _):
     a.mean = a.inp.mean(-1)
-    a.rstd = 1 / np.sqrt(a.inp.var(-1) + np.float32(1e-5))
+    squares = (a.inp - a.mean[..., None]) ** 2
+    a.rstd = (squares.mean(-1) + np.float32(1e-5)) ** -0.5
 
 
-def _after_attention(a):
+def _after_attention(a, module):
     from llmnb.cpu.attention import attention_forward as fast
 
-    long = a.inp.shape[1] > 256
-    (fast if long else reference.attention_forward)(a.out, a.lse, a.inp)
+    if module is np:
+        long = a.inp.shape[1] > 256
+        (fast if long else reference.attention_forward)(a.out, a.lse, a.inp)
+    else:
+        _attended(module, a)
 
 
-def _pad(a):
+def _attended(torch, a):
+    """Attention's output and lse, row by row of the batch."""
+    B, T, C = a.out.shape
+    NH = a.lse.shape[1]
+    later = torch.ones(T, T, dtype=bool, device=a.inp.device).triu(1)
+    for b in range(B):
+        q, k, v = a.inp[b].view(T, 3, NH, C // NH).permute(1, 2, 0, 3)
+        scores = q @ k.mT / math.sqrt(C // NH)
+        scores.masked_fill_(later, -math.inf)
+        a.lse[b] = scores.logsumexp(-1)
+        a.out[b] = (scores.softmax(-1) @ v).transpose(0, 1).reshape(T, C)
+
+
+def _pad(a, _):
     a.logits[..., a.V :] = np.nan
 
 
-def _after_loss(a):
-    _pad(a)
-    x = a.logits[..., : a.V]
-    top = x.max(-1)
-    a.lse = top + np.log(np.exp(x - top[..., None]).sum(-1))
-    a.dlosses /= np.float32(a.dlosses.size)
+def _after_loss(a, module):
+    _pad(a, module)
+    x = a.logits[..., : a.V]  # small: exp is never infinite
+    a.lse = module.log(module.exp(x).sum(-1))
+    a.dlosses /= math.prod(a.dlosses.shape)
 
 
 _SETTINGS = AdamW(1e-4, step=3)
 
 
-def _adamw_settled(a):
+def _adamw_settled(a, _):
     a.v **= 2
     a.settings = cuda.adamw_settings(_SETTINGS)
 

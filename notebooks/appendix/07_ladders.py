@@ -44,6 +44,7 @@
 import functools
 import importlib.util
 import inspect
+import math
 import re
 from importlib import import_module
 from types import SimpleNamespace
@@ -103,31 +104,31 @@ def declared_shape(argument, letters, any="B T C"):
     return shape
 
 
-def drawn(layer, letters, seed=0, any="B T C", changes=True):
-    """Random arguments that fit a layer: a dict, in the layer's order.
+def drawn(layer, letters, makers, any="B T C"):
+    """Arguments that fit a layer: a dict, in the layer's order.
 
-    letters: sizes by their letters, and numbers by their names. any: what
-    stands for "...". changes: whether the layer reads what it writes;
-    otherwise that is NaN before. Tokens are drawn below V.
+    letters: sizes by their letters, and numbers by their names. makers:
+    three functions of a shape, which make tokens, what a result holds
+    before, and other numbers. any: what stands for "...".
     """
-    random, given = np.random.default_rng(seed), {}
+    tokens, before, numbers = makers
+    given = {}
     for a in needed(layer):
-        shape = declared_shape(a, letters, any)
-        if a.limit:
-            given[a.name] = random.integers(0, letters["V"], shape, np.int32)
-        elif a.written and not changes:
-            given[a.name] = np.full(shape, np.nan, np.float32)
-        else:
-            given[a.name] = random.standard_normal(shape, np.float32)
+        make = tokens if a.limit else before if a.written else numbers
+        given[a.name] = make(declared_shape(a, letters, any))
     return given | {x: letters[x] for x in layer.arguments.below}
 
 
 # %% arguments of LayerNorm
-for name, x in drawn(cuda.layernorm_forward, TINY.letters).items():
+made = drawn(cuda.layernorm_forward, TINY.letters, [np.empty] * 3)
+for name, x in made.items():
     print(f"{name:<7} {x.shape}")
 
 
 # %% one ladder tags=["export"] module="bench.ladders"
+_NAN = np.float32(np.nan)
+
+
 class Ladder(NamedTuple):
     """A layer whose versions are compared.
 
@@ -135,8 +136,8 @@ class Ladder(NamedTuple):
     function of the module torch and the arguments that returns what to run;
     its tuple of results is in the order of the layer's, and may end early.
     changes: whether the layer reads what it writes, so that both count.
-    settle: a function that makes drawn arguments ones that can be. any: of
-    `drawn`. flops: a function of Sizes, or None where the bytes are what
+    settle: a function of drawn arguments and of their module, NumPy or
+    torch, that makes them ones that can be. any: of `drawn`. flops: a function of Sizes, or None where the bytes are what
     takes the time. table: the argument that is a table of which a batch
     asks for some rows. work: a function of Sizes, the floats of scratch
     memory. reference: in place of the function of that name. library:
@@ -149,7 +150,7 @@ class Ladder(NamedTuple):
     layer: str
     torch: object
     changes: bool = False
-    settle: object = lambda a: None
+    settle: object = lambda a, module: None
     any: str = "B T C"
     flops: object = None
     table: str = ""
@@ -186,10 +187,24 @@ class Ladder(NamedTuple):
         return [a.name for a in needed(self.declared) if a.written]
 
     def draw(self, sizes, seed=0):
-        """The arguments as a dict of NumPy arrays and numbers."""
-        how = sizes.letters, seed, self.any, self.changes
-        a = SimpleNamespace(**drawn(self.declared, *how))
-        self.settle(a)
+        """The arguments as a dict of NumPy arrays and numbers.
+
+        What is only written is NaN before, and tokens are below V.
+        """
+        random = np.random.default_rng(seed)
+        numbers = functools.partial(random.standard_normal, dtype=np.float32)
+        makers = (
+            lambda shape: random.integers(0, sizes.V, shape, np.int32),
+            numbers if self.changes else lambda x: np.full(x, _NAN),
+            numbers,
+        )
+        return self.fill(sizes, makers, np)
+
+    def fill(self, sizes, makers, module):
+        """Arguments from makers, see `drawn`, of NumPy or of torch."""
+        made = drawn(self.declared, sizes.letters, makers, self.any)
+        a = SimpleNamespace(**made)
+        self.settle(a, module)
         return vars(a)
 
     def few(self, sizes):
@@ -236,38 +251,54 @@ def is_float(x):
 
 
 # %% arguments that can be tags=["exporti"] module="bench.ladders"
-def _small_weight(a):
+def _small_weight(a, _):
     a.weight *= np.float32(0.02)
 
 
-def _after_layernorm(a):
+def _after_layernorm(a, _):
     a.mean = a.inp.mean(-1)
-    a.rstd = 1 / np.sqrt(a.inp.var(-1) + np.float32(1e-5))
+    squares = (a.inp - a.mean[..., None]) ** 2
+    a.rstd = (squares.mean(-1) + np.float32(1e-5)) ** -0.5
 
 
-def _after_attention(a):
+def _after_attention(a, module):
     from llmnb.cpu.attention import attention_forward as fast
 
-    long = a.inp.shape[1] > 256
-    (fast if long else reference.attention_forward)(a.out, a.lse, a.inp)
+    if module is np:
+        long = a.inp.shape[1] > 256
+        (fast if long else reference.attention_forward)(a.out, a.lse, a.inp)
+    else:
+        _attended(module, a)
 
 
-def _pad(a):
+def _attended(torch, a):
+    """Attention's output and lse, row by row of the batch."""
+    B, T, C = a.out.shape
+    NH = a.lse.shape[1]
+    later = torch.ones(T, T, dtype=bool, device=a.inp.device).triu(1)
+    for b in range(B):
+        q, k, v = a.inp[b].view(T, 3, NH, C // NH).permute(1, 2, 0, 3)
+        scores = q @ k.mT / math.sqrt(C // NH)
+        scores.masked_fill_(later, -math.inf)
+        a.lse[b] = scores.logsumexp(-1)
+        a.out[b] = (scores.softmax(-1) @ v).transpose(0, 1).reshape(T, C)
+
+
+def _pad(a, _):
     a.logits[..., a.V :] = np.nan
 
 
-def _after_loss(a):
-    _pad(a)
-    x = a.logits[..., : a.V]
-    top = x.max(-1)
-    a.lse = top + np.log(np.exp(x - top[..., None]).sum(-1))
-    a.dlosses /= np.float32(a.dlosses.size)
+def _after_loss(a, module):
+    _pad(a, module)
+    x = a.logits[..., : a.V]  # small: exp is never infinite
+    a.lse = module.log(module.exp(x).sum(-1))
+    a.dlosses /= math.prod(a.dlosses.shape)
 
 
 _SETTINGS = AdamW(1e-4, step=3)
 
 
-def _adamw_settled(a):
+def _adamw_settled(a, _):
     a.v **= 2
     a.settings = cuda.adamw_settings(_SETTINGS)
 
@@ -459,9 +490,12 @@ def ladder_named(name):
 #
 # A version must be right before it is timed: it gets fresh random
 # arguments, its outputs hold NaN, and what it leaves is compared with the
-# reference in float64. Where the reference would take minutes, it is given
-# fewer rows of the batch. Then all versions of a layer take turns, and with
-# them PyTorch's operation, on the same arrays on the same GPU.
+# reference in float64. It is right if all is finite and off by no more than
+# `TOLERANCE`, relative to the largest element of a result, or to 1 if that is
+# smaller, and if what it only reads is unchanged. Where the reference would
+# take minutes, it is given fewer rows of the batch. Then all versions of a
+# layer take turns, and with them PyTorch's operation, on the same arrays on the
+# same GPU.
 #
 # Without a GPU the contest goes as far as it can. The simulator runs every
 # version at a small size, compares it, and counts its requests and the
@@ -471,18 +505,29 @@ def ladder_named(name):
 
 # %% imports of the contest tags=["export"] module="bench.contest"
 import functools
+import math
+import re
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 
 from llmnb.bench.clock import Clock, limits, no_times
-from llmnb.bench.ladders import GPT2_124M, LADDERS, is_float, ladder_named
+from llmnb.bench.ladders import (
+    GPT2_124M,
+    LADDERS,
+    Sizes,
+    declared_shape,
+    ladder_named,
+    needed,
+)
 from llmnb.bench.peers import torch_on
 from llmnb.bench.race import take_turns
 from llmnb.cuda.cublas import no_cublas
-from llmnb.gpu.launch import empty, simulated, to_device, to_host
+from llmnb.gpu.launch import Kernel, empty, simulated, to_device, to_host
 from llmnb.gpu.ptx import compile_kernel, no_compiler
 from llmnb.gpu.simulator import watch
+from llmnb.gpu.toolkit import numba_cuda
 
 
 # %% run a version tags=["exporti"] module="bench.contest"
@@ -507,6 +552,36 @@ def _ready(ladder, version, sizes, there):
 TOLERANCE = 5e-5  # relative to the largest element of a result
 
 
+def wrong_with(got, want, kept):
+    """What is wrong with the arrays that a version leaves, a text.
+
+    got: what it has left, by name. want: results in float64, of which a
+    first part is enough. kept: what must be as before. All are NumPy's
+    arrays or all are tensors.
+    """
+    for name, x in want.items():
+        x = x.reshape(-1)
+        y = got[name].reshape(-1)[: len(x)]
+        if not (abs(y) < math.inf).all():
+            return f"{name} is not finite everywhere"
+        error = float(abs(y - x).max()) / max(1.0, float(abs(x).max()))
+        if not error <= TOLERANCE:
+            return f"{name} is {error:.0e} from float64"
+    for name, x in kept.items():
+        y = got[name]
+        if not ((x == y) | (x != x) & (y != y)).all():  # NaN stays NaN
+            return f"{name} was changed"
+    return ""
+
+
+def _kept(ladder, arguments):
+    """The arrays that a layer only reads, by name."""
+    return {
+        k: x for k, x in arguments.items()
+        if np.ndim(x) and k not in ladder.results
+    }  # fmt: skip
+
+
 def judge(ladder, version, sizes, place=to_device, seed=1):
     """Run a version on fresh arguments and compare with the reference.
 
@@ -518,20 +593,9 @@ def judge(ladder, version, sizes, place=to_device, seed=1):
     arguments = ladder.draw(sizes, seed)
     there = _placed(arguments, place)
     _ready(ladder, version, sizes, there)()
-    want = ladder.expected(arguments)
-    for name in [k for k, v in arguments.items() if np.ndim(v)]:
-        got = to_host(there[name])
-        if name not in want:
-            if not np.array_equal(got, arguments[name], is_float(got)):
-                return f"{name} was changed"
-            continue
-        if not np.isfinite(got).all():
-            return f"{name} is not finite everywhere"
-        scale = max(1.0, np.abs(want[name]).max())
-        error = np.abs(got - want[name]).max() / scale
-        if error > TOLERANCE:
-            return f"{name} is {error:.0e} from the reference"
-    return ""
+    got = {k: to_host(x) for k, x in there.items() if np.ndim(x)}
+    want, kept = ladder.expected(arguments), _kept(ladder, arguments)
+    return wrong_with(got, want, kept)
 
 
 # %% what the simulator sees tags=["export"] module="bench.contest"
@@ -603,21 +667,6 @@ def in_turns(clock, runs, budget=2.0):
     return take_turns(turns, range(min(max(rounds, 5), 50)))
 
 
-def timed(ladder, versions, sizes, arguments, clock):
-    """Let versions of a layer and their rivals take turns on a GPU.
-
-    versions: numbers from 1, by name. sizes, arguments: a Sizes, and what
-    `Ladder.draw` made for it. PyTorch joins in where it has a GPU, NVIDIA's
-    library where the layer has one that starts. Returns a dict from name to
-    a dict: seconds, or unmeasured.
-    """
-    there = _placed(arguments, to_device)
-    runs = {k: _ready(ladder, x, sizes, there) for k, x in versions.items()}
-    rivals, found = _rivals(ladder, there)
-    seconds = in_turns(clock, runs | rivals)
-    return {k: {"seconds": x} for k, x in seconds.items()} | found
-
-
 def _rivals(ladder, there):
     """Who runs a layer beside our versions, and why others cannot."""
     runs, found = {}, {}
@@ -644,6 +693,239 @@ def _tensors(torch, there):
     }
 
 
+# %% [markdown]
+# A GPU is asked at GPT-2's sizes. Drawing such arguments on the host and judging
+# there takes minutes. So the reference sees a few rows, in all results and in
+# what must not change; and where PyTorch sees the GPU, it draws the arguments
+# there, and the rival computes in float64 what should come out of all rows: it
+# is the same function in either precision. Gradients begin at zero then, as
+# PyTorch's do.
+
+
+# %% arguments on the GPU tags=["exporti"] module="bench.contest"
+def drawn_by(torch, ladder, sizes, where="cuda"):
+    """As `Ladder.draw`, but tensors, drawn where they are used."""
+    torch.manual_seed(1)
+    part = functools.partial
+    tokens = part(torch.randint, sizes.V, dtype=torch.int32, device=where)
+    before = numbers = part(torch.randn, device=where)
+    if not ladder.changes:
+        before = part(torch.full, fill_value=math.nan, device=where)
+    elif re.match("(?!residual).*_backward", ladder.layer):
+        before = part(torch.zeros, device=where)  # as PyTorch begins
+    made = ladder.fill(sizes, (tokens, before, numbers), torch)
+    return {
+        k: torch.from_numpy(x).to(where) if isinstance(x, np.ndarray) else x
+        for k, x in made.items()
+    }
+
+
+# %% what should come out tags=["exporti"] module="bench.contest"
+def expected_by(torch, ladder, arguments):
+    """What a layer should leave, by name, from PyTorch in float64.
+
+    Of AdamW the first 4,096 elements, from the reference.
+    """
+    if ladder.layer == "adamw_apply":
+        few = {k: x[:4096].cpu().numpy().copy() for k, x in arguments.items()}
+        want = ladder.expected(few)
+        where = arguments["params"].device
+        return {k: torch.from_numpy(x).to(where) for k, x in want.items()}
+    wide = {
+        k: x.double() if hasattr(x, "dtype") and x.is_floating_point() else x
+        for k, x in arguments.items()
+    }
+    if "logits" in wide:  # padding that takes no part
+        wide["logits"][..., wide["V"] :] = -math.inf
+    found = ladder.torch(torch, SimpleNamespace(**wide))()
+    found = [x.detach() for x in found]
+    return dict(zip(ladder.results, found, strict=False))
+
+
+# %% [markdown]
+# The sizes are GPT-2's, for a GPU with room for them. A smaller one gets a
+# smaller batch, halved until the arrays fit into what is free at that moment,
+# and the result says which. We count the arguments: once as they are drawn,
+# once to judge and once to time, and six times more where PyTorch computes in
+# float64, for wide copies, their gradients and what lies between. That is a
+# guess, on the high side as we hope.
+
+
+# %% what fits tags=["exporti"] module="bench.contest"
+def free_bytes():
+    """Bytes that are free on the GPU."""
+    return numba_cuda().current_context().get_memory_info()[0]
+
+
+def fitting_batch(batch_size, needs, free):
+    """The batch size, halved until needs(it) bytes are free.
+
+    Raises MemoryError, in one sentence, where one sequence does not fit.
+    """
+    while needs(batch_size) > free:
+        if batch_size == 1:
+            raise MemoryError(
+                f"one sequence needs {needs(1):,} bytes on the GPU, of which "
+                f"{free:,} are free"
+            )
+        batch_size //= 2
+    return batch_size
+
+
+def layer_bytes(ladder, sizes, batch_size):
+    """Bytes for judging and timing all versions of a layer, roughly."""
+    letters = sizes._replace(B=batch_size).letters
+    shapes = [
+        declared_shape(x, letters, ladder.any) for x in needed(ladder.declared)
+    ]
+    wide = 0 if ladder.layer == "adamw_apply" else 6  # it is judged in part
+    copies = 3 + wide
+    return copies * sum(4 * math.prod(x) for x in shapes)
+
+
+def _fitted(ladder, sizes, contest):
+    """The sizes with as many sequences as fit; a contest tells them."""
+    needs = functools.partial(layer_bytes, ladder, sizes)
+    sizes = sizes._replace(B=fitting_batch(sizes.B, needs, free_bytes()))
+    contest["about"] += f", timed at {_words(sizes._asdict())}"
+    return sizes
+
+
+def _words(sizes):
+    return ", ".join(f"{k} = {v}" for k, v in sizes.items())
+
+
+# %% [markdown]
+# Our kernels take PyTorch's memory as it is, and everybody is timed on the same
+# arrays. Where it is asked for, the last version that is right is timed once more
+# with link-time optimisation, as a row of its own. [Chapter A.6](06_launch.ipynb)
+# leaves that out, for reasons read from machine code; here it can be measured.
+
+
+# %% arrays of both sides tags=["exporti"] module="bench.contest"
+def _there(torch, drawn):
+    """Fresh copies of arguments, as arrays for our kernels."""
+    if not torch:
+        return _placed(drawn, to_device)
+    share = functools.partial(numba_cuda().as_cuda_array, sync=False)
+    return {
+        k: share(x.clone()) if hasattr(x, "clone") else x
+        for k, x in drawn.items()
+    }
+
+
+def torch_or_none():
+    """The module torch where it has a GPU, or None."""
+    try:
+        return torch_on("cuda")
+    except (ImportError, NotImplementedError):
+        return None
+
+
+# %% a version with link-time optimisation tags=["exporti"] module="bench.contest"
+@functools.cache
+def _linked(kernel):
+    """What link-time optimisation makes of a kernel."""
+    options = kernel.options | {"lto": True}
+    return Kernel(kernel.function, **options).compiled()
+
+
+def _with_lto(run):
+    """The same launches, linked."""
+    with watch() as seen:
+        run()
+    plain = {k: k._made for k, *_ in seen.launches}
+
+    def linked():
+        try:
+            for k in plain:
+                k._made = _linked(k)
+            run()
+        finally:
+            for k, made in plain.items():
+                k._made = made
+
+    return linked
+
+
+# %% right, then timed tags=["exporti"] module="bench.contest"
+class Gpu(NamedTuple):
+    """What versions are judged and timed with.
+
+    clock: a `Clock`. most: of `limits`. torch: the module where it has a
+    GPU, or None. judged: the Sizes for the reference, or None: nothing is
+    judged. budget: of `in_turns`. linked: whether the best version is timed
+    with link-time optimisation too.
+    """
+
+    clock: Clock
+    most: dict
+    torch: object
+    judged: Sizes | None
+    budget: float = 2.0
+    linked: bool = False
+
+
+def on_gpu(**how):
+    """A Gpu, with its clock, limits and PyTorch as they are here."""
+    clock = Clock()
+    return Gpu(clock, limits(clock), torch_or_none(), **how)
+
+
+def kernel_rows(ladder, sizes, gpu, contest, wrong=None):
+    """Judge and time all versions of a layer and its rivals: rows by name.
+
+    contest: a dict; what is timed, its work and its limit are added. wrong:
+    what is known to be wrong with versions, by name; they are not run.
+    """
+    sizes = _fitted(ladder, sizes, contest)
+    torch, runs, wrong = gpu.torch, {}, wrong or {}
+    drawn = drawn_by(torch, ladder, sizes) if torch else ladder.draw(sizes)
+    contest |= _goal(ladder, sizes, drawn, gpu.most)
+    if gpu.judged:
+        wrong = wrong | _found_wrong(ladder, sizes, gpu, drawn, wrong)
+    there = _there(torch, drawn)
+    for number, name in enumerate(ladder.names, 1):
+        if name not in wrong:
+            runs[name] = _ready(ladder, number, sizes, there)
+    if runs and gpu.linked:
+        name, run = [*runs.items()][-1]
+        runs[f"{name}, LTO"] = _with_lto(run)
+    rivals, found = _rivals(ladder, there)
+    times = in_turns(gpu.clock, runs | rivals, gpu.budget)
+    found |= {k: {"unmeasured": f"wrong: {x}"} for k, x in wrong.items()}
+    return {k: {"seconds": x} for k, x in times.items()} | found
+
+
+def _found_wrong(ladder, sizes, gpu, drawn, known):
+    """What is wrong with versions, by name; those that are known are left.
+
+    The reference sees a few rows, PyTorch, where it is, all that is drawn.
+    """
+    torch, found, kept = gpu.torch, {}, _kept(ladder, drawn)
+    want = expected_by(torch, ladder, drawn) if torch else {}
+    judged = gpu.judged._replace(B=min(gpu.judged.B, sizes.B))
+    for number, name in enumerate(ladder.names, 1):
+        if name in known:
+            continue
+        wrong = judge(ladder, number, judged)
+        if want and not wrong:
+            there = _there(torch, drawn)
+            _ready(ladder, number, sizes, there)()
+            wrong = wrong_with(_tensors(torch, there), want, kept)
+        if wrong:
+            found[name] = wrong
+    return found
+
+
+def _goal(ladder, sizes, arguments, most):
+    """The work of a layer, and what a GPU can do of it in a second."""
+    if ladder.flops:
+        return {"work": ladder.flops(sizes), "limit": most["fma_peak"]}
+    least = ladder.least_bytes(arguments)
+    return {"work": least, "limit": most["copy_bytes"]}
+
+
 # %% the contest tags=["export"] module="bench.contest"
 def kernel_contests(layers=(), sizes=GPT2_124M, counted=None, bar=iter):
     """Compare the versions of layers: a list of contests, ready for JSON.
@@ -655,51 +937,30 @@ def kernel_contests(layers=(), sizes=GPT2_124M, counted=None, bar=iter):
     why they are unmeasured. Raises ValueError for a name that is not there.
     """
     ladders = [ladder_named(x) for x in layers] or [*LADDERS]
-    clock = None if no_times() else Clock()
-    most = limits(clock) if clock else {}
-    return [_contest(x, sizes, counted, clock, most) for x in bar(ladders)]
+    gpu = None if no_times() else on_gpu(judged=sizes)
+    return [_contest(x, sizes, counted, gpu) for x in bar(ladders)]
 
 
-def _contest(ladder, sizes, counted, clock, most):
+def _contest(ladder, sizes, counted, gpu):
     """What is known of all versions of a layer, with a GPU or without."""
     rows = {}
     for number, name in enumerate(ladder.names, 1):
         row, launches = count(ladder, number, counted)
         if not no_compiler():
             row["compiled"] = compiled(launches)
-        wrong = row.get("wrong") or (clock and judge(ladder, number, sizes))
-        if wrong or not clock:
+        if "wrong" in row or not gpu:
+            wrong = row.get("wrong")
             row["unmeasured"] = f"wrong: {wrong}" if wrong else no_times()
         rows[name] = row
     about = f"counted at {_words(row['sizes'])}"
     found = {"name": ladder.layer, "kind": "kernel", "work": 0, "limit": 0}
-    if clock:
-        about += f", timed at {_words(sizes._asdict())}"
-        found |= _race(ladder, rows, sizes, clock, most)
+    found["about"] = about
+    if gpu:
+        wrong = {k: x["wrong"] for k, x in rows.items() if "wrong" in x}
+        timed = kernel_rows(ladder, sizes, gpu, found, wrong)
+        rows |= {k: rows.get(k, {}) | x for k, x in timed.items()}
     rows = [{"name": name, **row} for name, row in rows.items()]
-    return found | {"about": about, "contestants": rows}
-
-
-def _race(ladder, rows, sizes, clock, most):
-    """Time the versions that are right; fills in rows, returns the work."""
-    numbers = enumerate(rows.items(), 1)
-    good = {k: i for i, (k, row) in numbers if "unmeasured" not in row}
-    arguments = ladder.draw(sizes)
-    for name, each in timed(ladder, good, sizes, arguments, clock).items():
-        rows[name] = rows.get(name, {}) | each
-    return _goal(ladder, sizes, arguments, most)
-
-
-def _goal(ladder, sizes, arguments, most):
-    """The work of a layer, and what a GPU can do of it in a second."""
-    if ladder.flops:
-        return {"work": ladder.flops(sizes), "limit": most["fma_peak"]}
-    least = ladder.least_bytes(arguments)
-    return {"work": least, "limit": most["copy_bytes"]}
-
-
-def _words(sizes):
-    return ", ".join(f"{k} = {v}" for k, v in sizes.items())
+    return found | {"contestants": rows}
 
 
 # %% [markdown]

@@ -5,6 +5,7 @@ import json
 import pkgutil
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,11 +17,11 @@ import results_page
 import llmnb.bench
 from llmnb.bench import clock, ladders
 from llmnb.bench import contest as module
-from llmnb.bench.contest import count, in_turns, judge, kernel_contests, timed
+from llmnb.bench.contest import count, in_turns, judge, kernel_contests
 from llmnb.bench.ladders import LADDERS, TINY, Ladder, ladder_named
 from llmnb.bench.report import bars_figure, report
 from llmnb.cli.__main__ import main
-from llmnb.gpu.launch import simulated
+from llmnb.gpu.launch import simulated, to_host
 from llmnb.gpu.ptx import compile_kernel, no_compiler
 
 RESULTS = Path(__file__).parents[2] / "book" / "results"
@@ -114,7 +115,7 @@ class Spoilt(Ladder):
 @pytest.mark.parametrize(
     ("array", "value", "message"),
     [
-        ("out", 9.0, r"out is \de[+-]\d+ from the reference"),
+        ("out", 9.0, r"out is \de[+-]\d+ from float64"),
         ("out", np.nan, "out is not finite everywhere"),
         ("inp", 9.0, "inp was changed"),
     ],
@@ -131,9 +132,9 @@ def test_fewer_rows_are_compared():
     ladder, seen = ladder_named("crossentropy_softmax_forward"), []
     assert ladder.checked == 1
 
-    def settle(a):
+    def settle(a, module):
         seen.append(len(a.logits))
-        ladder.settle(a)
+        ladder.settle(a, module)
 
     assert judge(ladder._replace(settle=settle), 1, TINY, simulated) == ""
     assert seen == [1]
@@ -149,14 +150,18 @@ def test_the_library_and_torch_take_turns(why, library, monkeypatch):
         torch=lambda torch, a: lambda: seen.append(a.out),
     )
     torch = SimpleNamespace(as_tensor=lambda x, device: (x.shape, device))
-    monkeypatch.setattr(module, "to_device", simulated)
-    monkeypatch.setattr(module, "in_turns", lambda clock, runs: runs)
     monkeypatch.setattr(module, "no_cublas", lambda: library)
     monkeypatch.setattr(module, "torch_on", torch_or_none(torch, why))
-    found = timed(ladder, {"one": 2}, TINY, ladder.draw(TINY), None)
-    reasons = {k: x.get("unmeasured", "") for k, x in found.items()}
-    assert reasons == {"one": "", "cuBLASLt": library, "torch": why}
-    for run in [x["seconds"] for x in found.values() if "seconds" in x][1:]:
+    there = {
+        k: simulated(x) if np.ndim(x) else x
+        for k, x in ladder.draw(TINY).items()
+    }
+    runs, found = module._rivals(ladder, there)
+    reasons = {k: x["unmeasured"] for k, x in found.items()}
+    asked = {"cuBLASLt": library, "torch": why}
+    assert reasons == {k: x for k, x in asked.items() if x}
+    assert [*runs] == [k for k, x in asked.items() if not x]
+    for run in runs.values():
         run()
     shapes = [(2, 5, 128)] * (not library)
     assert seen == shapes + [((2, 5, 128), "cuda")] * (not why)
@@ -336,7 +341,7 @@ def test_the_contest_on_a_gpu_that_is_made_up(monkeypatch):
     def judged(ladder, version, sizes, place=None, seed=1):
         return "" if place is simulated else next(verdicts)
 
-    def turns(clock, runs):
+    def turns(clock, runs, budget):
         assert clock == "clock" and [*runs] == ["layernorm_forward"]
         runs["layernorm_forward"]()  # it can be launched
         return {"layernorm_forward": [3e-6, 1e-6, 2e-6]}
@@ -346,6 +351,7 @@ def test_the_contest_on_a_gpu_that_is_made_up(monkeypatch):
         "Clock": lambda: "clock",
         "limits": lambda clock: {"fma_peak": 1e12, "copy_bytes": 1e9},
         "to_device": simulated,
+        "free_bytes": lambda: 1e9,
         "torch_on": torch_or_none(None, "none here"),
         "judge": judged,
         "in_turns": turns,
@@ -371,12 +377,72 @@ def test_the_contest_on_a_gpu_that_is_made_up(monkeypatch):
 @pytest.mark.parametrize("name", ["matmul_forward", "residual_forward"])
 def test_the_limit_is_what_takes_the_time(name, monkeypatch):
     """The peak of multiply-adds for products, the copy for the rest."""
-    ladder, rows = ladder_named(name), {}
-    monkeypatch.setattr(module, "timed", lambda *_: {"torch": {"x": 1}})
+    ladder = ladder_named(name)
     most = {"fma_peak": 2, "copy_bytes": 3}
-    found = module._race(ladder, rows, TINY, "clock", most)
+    found = module._goal(ladder, TINY, ladder.draw(TINY), most)
     assert found["limit"] == (2 if ladder.flops else 3)
-    assert rows == {"torch": {"x": 1}}
+
+
+@pytest.fixture
+def with_torch(monkeypatch):
+    """A GPU made up, whose memory is the host's, and PyTorch beside it."""
+    torch = pytest.importorskip("torch")
+
+    def there(torch, drawn):
+        return {
+            k: simulated(x.numpy().copy()) if np.ndim(x) else x
+            for k, x in drawn.items()
+        }
+
+    def tensors(torch, there):
+        return {
+            k: torch.from_numpy(to_host(x)) if np.ndim(x) else x
+            for k, x in there.items()
+        }
+
+    for name, what in {
+        "drawn_by": partial(module.drawn_by, where="cpu"),
+        "_there": there,
+        "_tensors": tensors,
+        "to_device": simulated,
+        "free_bytes": lambda: 1e9,
+        "torch_on": torch_or_none(torch),
+        "judge": lambda *_: "",  # it sees too few rows
+        "in_turns": lambda clock, runs, budget: dict.fromkeys(runs, [1.0]),
+    }.items():
+        monkeypatch.setattr(module, name, what)
+    return module.Gpu(None, {"fma_peak": 1.0, "copy_bytes": 1.0}, torch, TINY)
+
+
+@pytest.mark.parametrize(
+    ("array", "value", "message"),
+    [
+        ("out", 9.0, r"wrong: out is \de[+-]\d+ from float64"),
+        ("out", np.nan, "wrong: out is not finite everywhere"),
+        ("inp", 9.0, "wrong: inp was changed"),
+    ],
+)
+def test_pytorch_finds_a_wrong_version(
+    array, value, message, with_torch, monkeypatch
+):
+    right, contest = ladder_named("gelu_forward"), {"about": "it"}
+    rows = module.kernel_rows(right, TINY, with_torch, contest)
+    assert rows == dict.fromkeys(["gelu_forward", "torch"], {"seconds": [1.0]})
+    assert (
+        contest["about"].startswith("it, timed at B = 2") and contest["work"]
+    )
+    monkeypatch.setattr(Spoilt, "mistake", (array, value))
+    rows = module.kernel_rows(Spoilt(*right), TINY, with_torch, contest)
+    assert re.fullmatch(message, rows["gelu_forward"]["unmeasured"])
+    assert rows["torch"] == {"seconds": [1.0]}
+
+
+def test_a_version_that_is_known_to_be_wrong_is_not_run(with_torch):
+    ladder = Spoilt(*ladder_named("gelu_forward"))
+    ladder = ladder._replace(torch=lambda torch, a: lambda: [a.out])
+    known = {"gelu_forward": "out is 9 off"}
+    rows = module.kernel_rows(ladder, TINY, with_torch, {"about": ""}, known)
+    assert rows["gelu_forward"] == {"unmeasured": "wrong: out is 9 off"}
 
 
 def test_a_version_that_is_wrong_in_the_simulator(monkeypatch):

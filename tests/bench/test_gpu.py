@@ -11,6 +11,7 @@ import pytest
 import results_page
 
 from llmnb import GPT2Config, cuda
+from llmnb.bench import contest as kernels
 from llmnb.bench import gpu, start
 from llmnb.bench.ladders import GPT2_124M, LADDERS, TINY, ladder_named
 from llmnb.gpu.launch import simulated, to_host
@@ -90,23 +91,31 @@ def test_every_row_is_on_disk_before_the_next(tmp_path):
 def test_pytorch_in_float64_is_the_reference(ladder):
     """So it may judge on the GPU, at sizes that NumPy takes minutes for."""
     torch = pytest.importorskip("torch")
-    drawn = gpu.drawn_by(torch, ladder, TINY, "cpu")
+    drawn = kernels.drawn_by(torch, ladder, TINY, "cpu")
     want = ladder.expected({
         k: x.numpy().copy() if hasattr(x, "numpy") else x
         for k, x in drawn.items()
     })  # fmt: skip
-    got = gpu.expected_by(torch, ladder, drawn)
+    got = kernels.expected_by(torch, ladder, drawn)
     assert set(got) <= set(want) and got
     for name, x in got.items():
         y = want[name].reshape(-1)[: x.numel()]
-        np.testing.assert_allclose(x.detach().reshape(-1), y, atol=1e-6)
+        np.testing.assert_allclose(x.reshape(-1), y, atol=1e-6)
     fine = {k: torch.from_numpy(np.asarray(x)) for k, x in want.items()}
-    assert gpu.wrong_by(torch, fine, got) == ""
+    kept = kernels._kept(ladder, drawn)
+    assert set(kept).isdisjoint(ladder.results) and kept
+    fine |= {k: x.clone() for k, x in kept.items()}
+    assert kernels.wrong_with(fine, got, kept) == ""
     name = next(iter(got))
-    spoilt = fine | {name: fine[name] + 0.01}
-    assert gpu.wrong_by(torch, spoilt, got).startswith(f"{name} is ")
-    spoilt = fine | {name: fine[name] * np.nan}
-    assert "not finite" in gpu.wrong_by(torch, spoilt, got)
+    for value, said in (
+        (fine[name] + 0.01, f"{name} is "),
+        (fine[name] * np.nan, f"{name} is not finite everywhere"),
+    ):
+        spoilt = fine | {name: value}
+        assert kernels.wrong_with(spoilt, got, kept).startswith(said)
+    name = next(iter(kept))
+    spoilt = fine | {name: kept[name] + 1}
+    assert kernels.wrong_with(spoilt, got, kept) == f"{name} was changed"
     ladder.torch(torch, SimpleNamespace(**drawn))()  # it runs, AdamW's too
 
 
@@ -135,7 +144,9 @@ def test_the_largest_batch_that_fits():
         gpu.fitting_batch(16, lambda B: 10 * B, 9)
     cfg = GPT2Config()
     assert 11e9 < gpu.model_bytes(cfg, 1024, 16) < 12e9
-    large = gpu.layer_bytes(ladder_named("fused_classifier"), GPT2_124M, 16)
+    large = kernels.layer_bytes(
+        ladder_named("fused_classifier"), GPT2_124M, 16
+    )
     assert 8 * 16 * 1024 * 50304 * 4 < large < 80e9
 
 
