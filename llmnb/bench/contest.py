@@ -11,7 +11,6 @@ __all__ = [
 # imports of the contest
 import functools
 import math
-import re
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -53,10 +52,10 @@ TOLERANCE = 5e-5  # relative to the largest element of a result
 
 
 def wrong_with(got, want, kept):
-    """What is wrong with the arrays that a version leaves, a text.
+    """What is wrong with the arrays that a version leaves; empty if nothing.
 
-    got: what it has left, by name. want: results in float64, of which a
-    first part is enough. kept: what must be as before. All are NumPy's
+    got: what it has left, by name. want: results in float64, or the first
+    numbers of them. kept: what must be as it was before. All are NumPy's
     arrays or all are tensors.
 
     Derived in chapter A.7.
@@ -212,8 +211,8 @@ def drawn_by(torch, ladder, sizes, where="cuda"):
     before = numbers = part(torch.randn, device=where)
     if not ladder.changes:
         before = part(torch.full, fill_value=math.nan, device=where)
-    elif re.match("(?!residual).*_backward", ladder.layer):
-        before = part(torch.zeros, device=where)  # as PyTorch begins
+    elif ladder.layer.endswith("_backward") and "resid" not in ladder.layer:
+        before = part(torch.zeros, device=where)
     made = ladder.fill(sizes, (tokens, before, numbers), torch)
     return {
         k: torch.from_numpy(x).to(where) if isinstance(x, np.ndarray) else x
@@ -271,8 +270,7 @@ def layer_bytes(ladder, sizes, batch_size):
         declared_shape(x, letters, ladder.any) for x in needed(ladder.declared)
     ]
     wide = 0 if ladder.layer == "adamw_apply" else 6  # it is judged in part
-    copies = 3 + wide
-    return copies * sum(4 * math.prod(x) for x in shapes)
+    return (3 + wide) * sum(4 * math.prod(x) for x in shapes)
 
 
 def _fitted(ladder, sizes, contest):
@@ -363,8 +361,10 @@ def kernel_rows(ladder, sizes, gpu, contest, wrong=None):
     contest: a dict; what is timed, its work and its limit are added. wrong:
     what is known to be wrong with versions, by name; they are not run.
     """
-    sizes = _fitted(ladder, sizes, contest)
     torch, runs, wrong = gpu.torch, {}, wrong or {}
+    if torch:
+        torch.cuda.empty_cache()  # what it keeps for later is free too
+    sizes = _fitted(ladder, sizes, contest)
     drawn = drawn_by(torch, ladder, sizes) if torch else ladder.draw(sizes)
     contest |= _goal(ladder, sizes, drawn, gpu.most)
     if gpu.judged:
@@ -435,13 +435,12 @@ def _contest(ladder, sizes, counted, gpu):
         row, launches = count(ladder, number, counted)
         if not no_compiler():
             row["compiled"] = compiled(launches)
-        if "wrong" in row or not gpu:
+        if not gpu or "wrong" in row:
             wrong = row.get("wrong")
             row["unmeasured"] = f"wrong: {wrong}" if wrong else no_times()
         rows[name] = row
-    about = f"counted at {_words(row['sizes'])}"
     found = {"name": ladder.layer, "kind": "kernel", "work": 0, "limit": 0}
-    found["about"] = about
+    found["about"] = f"counted at {_words(row['sizes'])}"
     if gpu:
         wrong = {k: x["wrong"] for k, x in rows.items() if "wrong" in x}
         timed = kernel_rows(ladder, sizes, gpu, found, wrong)

@@ -110,14 +110,15 @@ class Ladder(NamedTuple):
     its tuple of results is in the order of the layer's, and may end early.
     changes: whether the layer reads what it writes, so that both count.
     settle: a function of drawn arguments and of their module, NumPy or
-    torch, that makes them ones that can be. any: of `drawn`. flops: a function of Sizes, or None where the bytes are what
-    takes the time. table: the argument that is a table of which a batch
-    asks for some rows. work: a function of Sizes, the floats of scratch
-    memory. reference: in place of the function of that name. library:
-    returns the calls of NVIDIA's library, by name, which are timed where it
-    starts. checked: at most how many rows of the batch are compared with
-    the reference. counted: the sizes that the simulator counts at, large
-    enough for the kernels that large sizes get.
+    torch, that makes them ones that can be. any: of `drawn`. flops: a
+    function of Sizes, or None where the bytes are what takes the time.
+    table: the argument that is a table of which a batch asks for some rows.
+    work: a function of Sizes, the floats of scratch memory. reference: in
+    place of the function of that name. library: returns the calls of
+    NVIDIA's library, by name, which are timed where it starts. checked: at
+    most how many rows of the batch are compared with the reference.
+    counted: the sizes that the simulator counts at, large enough for the
+    kernels that large sizes get.
 
     Derived in chapter A.7.
     """
