@@ -59,6 +59,7 @@ def rmsnorm_forward_bf16(out, rstd, inp, weight, eps=1e-5, offset=0.0):
 
     Derived in chapter 5.12.
     """
+    check_eights("rmsnorm_forward_bf16", weight.size)
     arrays = pairs(out), rstd.reshape(-1), pairs(inp), weight
     numbers = np.float32(eps), np.float32(offset)
     _normalise[-(-rstd.size // 8), 256](*arrays, *numbers)
@@ -125,6 +126,7 @@ def rmsnorm_backward_bf16(
     Derived in chapter 5.12.
     """
     rows, C = rstd.size, weight.size
+    check_eights("rmsnorm_backward_bf16", C)
     wanted = rmsnorm_scratch_bf16(rows, C)
     work = given_work("rmsnorm_backward_bf16", work, wanted, rstd)
     flat, dy, x = rstd.reshape(-1), pairs(dout), pairs(inp)
@@ -208,11 +210,11 @@ _swiglu, _swiglu_back = _gate_kernels(_silu)
 _geglu, _geglu_back = _gate_kernels(_gelu)
 
 
-def _gate(run, *arrays):
+def _gate(layer, run, *arrays):
     """Launch on rows; the last array, inp, has 2 H channels."""
-    inp = arrays[-1]
-    half = inp.shape[-1] // 4  # pairs in H channels
-    run[-(-inp.size // 1024), 256](*map(pairs, arrays), half)
+    inp, H = arrays[-1], arrays[-1].shape[-1] // 2
+    check_eights(layer, H)
+    run[-(-inp.size // 1024), 256](*map(pairs, arrays), H // 2)
 
 
 @shapes("B T H!, B T 2H", halves())
@@ -223,7 +225,7 @@ def swiglu_forward_bf16(out, inp):
 
     Derived in chapter 5.12.
     """
-    _gate(_swiglu, out, inp)
+    _gate("swiglu_forward_bf16", _swiglu, out, inp)
 
 
 @shapes("B T 2H!, B T H, B T 2H", halves())
@@ -234,7 +236,7 @@ def swiglu_backward_bf16(dinp, dout, inp):
 
     Derived in chapter 5.12.
     """
-    _gate(_swiglu_back, dinp, dout, inp)
+    _gate("swiglu_backward_bf16", _swiglu_back, dinp, dout, inp)
 
 
 @shapes("B T H!, B T 2H", halves())
@@ -245,7 +247,7 @@ def geglu_forward_bf16(out, inp):
 
     Derived in chapter 5.12.
     """
-    _gate(_geglu, out, inp)
+    _gate("geglu_forward_bf16", _geglu, out, inp)
 
 
 @shapes("B T 2H!, B T H, B T 2H", halves())
@@ -256,7 +258,7 @@ def geglu_backward_bf16(dinp, dout, inp):
 
     Derived in chapter 5.12.
     """
-    _gate(_geglu_back, dinp, dout, inp)
+    _gate("geglu_backward_bf16", _geglu_back, dinp, dout, inp)
 
 
 # token vectors
@@ -278,6 +280,7 @@ def embedding_forward_bf16(out, inp, wte, scale=1.0):
     Derived in chapter 5.12.
     """
     C = out.shape[2]
+    check_eights("embedding_forward_bf16", C)
     places, table = inp.reshape(-1), wte.reshape(-1)
     how = np.float32(scale), C
     _embed[-(-out.size // 512), 256](pairs(out), places, table, *how)

@@ -323,25 +323,22 @@ def halves(*wide):
             single = name.rpartition(": ")[2] in wide
             kinds = np.float32 if single else np.uint16
         check_device(name, array, shape, kinds)
-        if kinds == np.uint16:
-            check_eights(name, array.shape[-1])
-            if address(array) % 16:
-                raise ValueError(
-                    f"{name} must begin at a multiple of 16 bytes"
-                )
+        if kinds == np.uint16 and address(array) % 16:
+            raise ValueError(f"{name} must begin at a multiple of 16 bytes")
 
     floats = np.dtype(np.float32), np.dtype(np.uint16)
     ints = (np.dtype(np.int32),)
     return Memory(check, device_kind, overlap, floats, ints, bounded=False)
 
 
-def check_eights(name, size):
-    """Raise unless a row holds a multiple of 8 numbers."""
-    if size % 8:
-        raise ValueError(
-            f"{name}: in bfloat16 a row must hold a multiple of 8 "
-            f"numbers, got {size}"
-        )
+def check_eights(name, *sizes):
+    """Raise unless all sizes of rows are multiples of 8."""
+    for size in sizes:
+        if size % 8:
+            raise ValueError(
+                f"{name}: in bfloat16 a row must hold a multiple of 8 "
+                f"numbers, got {size}"
+            )
 
 
 def pairs(array):
@@ -407,6 +404,7 @@ def matmul_forward_bf16(out, inp, weight, bias, residual=None, work=None):
     once. work: not used. C and OC are multiples of 8. Raises TypeError or
     ValueError before it launches anything.
     """
+    check_eights("matmul_forward_bf16", *weight.shape)
     start = None if residual is None else as_rows(residual)
     y, x = as_rows(out), as_rows(inp)
     tensor_product(Product(y, x, weight, True, True, start, bias))
@@ -431,6 +429,7 @@ def matmul_backward_bf16(
     without dbias. C and OC are multiples of 8. Raises TypeError or
     ValueError before it launches anything.
     """
+    check_eights("matmul_backward_bf16", *weight.shape)
     dx, dy, x = as_rows(dinp), as_rows(dout), as_rows(inp)
     if dbias is not None:
         sums = matmul_scratch(*dy.shape)

@@ -107,6 +107,7 @@ def rmsnorm_forward_bf16(out, rstd, inp, weight, eps=1e-5, offset=0.0):
     out, inp: (B, T, C) in bfloat16, uint16. rstd: (B, T), weight: (C,),
     float32. Raises TypeError or ValueError before it launches anything.
     """
+    check_eights("rmsnorm_forward_bf16", weight.size)
     arrays = pairs(out), rstd.reshape(-1), pairs(inp), weight
     numbers = np.float32(eps), np.float32(offset)
     _normalise[-(-rstd.size // 8), 256](*arrays, *numbers)
@@ -174,6 +175,7 @@ def rmsnorm_backward_bf16(
     anything.
     """
     rows, C = rstd.size, weight.size
+    check_eights("rmsnorm_backward_bf16", C)
     wanted = rmsnorm_scratch_bf16(rows, C)
     work = given_work("rmsnorm_backward_bf16", work, wanted, rstd)
     flat, dy, x = rstd.reshape(-1), pairs(dout), pairs(inp)
@@ -278,11 +280,11 @@ _swiglu, _swiglu_back = _gate_kernels(_silu)
 _geglu, _geglu_back = _gate_kernels(_gelu)
 
 
-def _gate(run, *arrays):
+def _gate(layer, run, *arrays):
     """Launch on rows; the last array, inp, has 2 H channels."""
-    inp = arrays[-1]
-    half = inp.shape[-1] // 4  # pairs in H channels
-    run[-(-inp.size // 1024), 256](*map(pairs, arrays), half)
+    inp, H = arrays[-1], arrays[-1].shape[-1] // 2
+    check_eights(layer, H)
+    run[-(-inp.size // 1024), 256](*map(pairs, arrays), H // 2)
 
 
 @shapes("B T H!, B T 2H", halves())
@@ -291,7 +293,7 @@ def swiglu_forward_bf16(out, inp):
 
     Raises TypeError or ValueError before it launches anything.
     """
-    _gate(_swiglu, out, inp)
+    _gate("swiglu_forward_bf16", _swiglu, out, inp)
 
 
 @shapes("B T 2H!, B T H, B T 2H", halves())
@@ -300,7 +302,7 @@ def swiglu_backward_bf16(dinp, dout, inp):
 
     8 divides H. Raises TypeError or ValueError before it launches anything.
     """
-    _gate(_swiglu_back, dinp, dout, inp)
+    _gate("swiglu_backward_bf16", _swiglu_back, dinp, dout, inp)
 
 
 @shapes("B T H!, B T 2H", halves())
@@ -309,7 +311,7 @@ def geglu_forward_bf16(out, inp):
 
     Raises TypeError or ValueError before it launches anything.
     """
-    _gate(_geglu, out, inp)
+    _gate("geglu_forward_bf16", _geglu, out, inp)
 
 
 @shapes("B T 2H!, B T H, B T 2H", halves())
@@ -318,7 +320,7 @@ def geglu_backward_bf16(dinp, dout, inp):
 
     8 divides H. Raises TypeError or ValueError before it launches anything.
     """
-    _gate(_geglu_back, dinp, dout, inp)
+    _gate("geglu_backward_bf16", _geglu_back, dinp, dout, inp)
 
 
 # %% [markdown]
@@ -346,6 +348,7 @@ def embedding_forward_bf16(out, inp, wte, scale=1.0):
     Raises TypeError or ValueError before it launches anything.
     """
     C = out.shape[2]
+    check_eights("embedding_forward_bf16", C)
     places, table = inp.reshape(-1), wte.reshape(-1)
     how = np.float32(scale), C
     _embed[-(-out.size // 512), 256](pairs(out), places, table, *how)
