@@ -64,14 +64,17 @@ def test_repeats_add_up_and_absent_rows_stay_even_as_nan(layer):
     assert (positions == 7 + seen * (np.arange(5)[:, None] < 3)).all()
 
 
+@pytest.mark.parametrize("mixed", [True, False])
 @pytest.mark.parametrize("layer", (*BACKWARD[1:], vectors_alone))
-def test_the_order_is_that_of_the_text(layer):
+def test_the_order_is_that_of_the_text(layer, mixed):
     """The bits are those of the CPU's one thread.
 
-    Two tokens share a bucket; the second begins where a warp looks anew.
+    Not mixed: two tokens share a bucket, and the second begins where a warp
+    looks anew.
     """
-    arrays = draw("encoder_backward", 4, 12, 8, 1, 4)
-    arrays["inp"].ravel()[:32], arrays["inp"].ravel()[32:] = 0, 3
+    arrays = draw("encoder_backward", 4, 20 if mixed else 12, 8, 1, 4)
+    if not mixed:
+        arrays["inp"].ravel()[:32], arrays["inp"].ravel()[32:] = 0, 3
     given = there(arrays)
     layer(*given.values())
     if layer is vectors_alone:
