@@ -209,9 +209,11 @@ def drawn_by(torch, ladder, sizes, where="cuda"):
     part = functools.partial
     tokens = part(torch.randint, sizes.V, dtype=torch.int32, device=where)
     before = numbers = part(torch.randn, device=where)
+    added = ladder.layer.endswith("_backward")
+    added = added and ladder.layer != "residual_backward"
     if not ladder.changes:
         before = part(torch.full, fill_value=math.nan, device=where)
-    elif ladder.layer.endswith("_backward") and "resid" not in ladder.layer:
+    elif added:
         before = part(torch.zeros, device=where)
     made = ladder.fill(sizes, (tokens, before, numbers), torch)
     return {

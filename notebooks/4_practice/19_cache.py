@@ -589,8 +589,9 @@ for name, spent in times.items():
     print(f"{name:<12} {read_bytes / spent / 1e9:6.1f} GB/s")
 
 # %% [markdown]
-# Here packing once is worth a factor of more than four over packing on each
-# call, and comes to some four fifths of the speed of reading alone.
+# In the run whose output stands here, packing once was worth a factor of more
+# than four over packing on each call, and came to some four fifths of the speed
+# of reading alone.
 #
 # ### One query, many keys
 #
