@@ -38,7 +38,7 @@ SEEDS = (42, 43, 44)
 
 def texts():
     """The chapter's tokens, to train on and to validate on."""
-    with gzip.open(DATA / "library.jsonl.gz", "rt") as lines:
+    with gzip.open(DATA / "library.jsonl.gz") as lines:
         text = "".join(json.loads(line)["text"] for line in lines)[:400_000]
     encoding = tokenizer.train([text[:200_000]], vocab_size=V)
     tokens = np.array(encoding.encode_ordinary(text), np.uint16)

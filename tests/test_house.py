@@ -93,6 +93,12 @@ def test_the_chapters_of_a_part_are_numbered_without_a_gap(part):
     assert numbers == list(range(1, len(numbers) + 1))
 
 
+def test_text_in_gzip_is_read_alike_on_every_system():
+    for path in CHAPTERS:  # without "rt", or with an encoding
+        source = path.read_text("utf-8")
+        assert not re.findall(r'gzip\.open\([^)]*"rt"\)', source), path
+
+
 @pytest.mark.parametrize("path", CHAPTERS, ids=NAMES)
 def test_equations_and_figures_carry_the_chapters_number(path):
     text, label = path.read_text("utf-8"), re.escape(chapter_label(path))

@@ -55,7 +55,7 @@ import matplotlib.pyplot as plt
 from llmnb.book.moving import moving
 from llmnb.book.verify import verdict
 
-with gzip.open("../../tests/data/library.jsonl.gz", "rt") as lines:
+with gzip.open("../../tests/data/library.jsonl.gz") as lines:
     library = [json.loads(line)["text"] for line in lines]
 
 # %% [markdown]
@@ -739,6 +739,8 @@ moving(
 words = _count_words(line)
 sixth = spell(learn_slowly(words, 6))[-1]
 verdict("exercise 1", sixth == b" the", "␣the")
+times = sum(n for word, n in words.items() if sixth in word)
+verdict("exercise 1", times == 2, "comes twice")
 
 # %% [markdown]
 # **2** (★★). A tempting encoder takes the longest token that the text begins
@@ -747,9 +749,9 @@ verdict("exercise 1", sixth == b" the", "␣the")
 #
 # :::{admonition} Solution to exercise 2
 # :class: dropdown
-# It decodes to the same text, so the second claim would pass it. But it is not
-# what the merges do, and a model trained on the tokens of one encoder would
-# meet sequences from the other that it never saw. The first claim catches it.
+# The first: its tokens are not tiktoken's. They decode to the same text and the
+# same bytes, so it passes the other two. It matters because a model trained on
+# the tokens of one encoder would be shown sequences that it never saw.
 # :::
 
 

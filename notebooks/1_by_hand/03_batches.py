@@ -132,7 +132,7 @@ plt.show()
 # is kept in two bytes, as `uint16`: all numbers are below 65,536.
 
 # %% documents, and their tokens
-with gzip.open("../../tests/data/library.jsonl.gz", "rt") as lines:
+with gzip.open("../../tests/data/library.jsonl.gz") as lines:
     documents = [json.loads(line)["text"] for line in lines]
 encoding = bpe.train(documents[:50], 512)
 parts = []

@@ -346,7 +346,7 @@ verdict("the mistake", caught, "is caught")
 # weights are drawn at random, and trained.
 
 # %% the pairs, and what counting gives
-with gzip.open("../../tests/data/library.jsonl.gz", "rt") as lines:
+with gzip.open("../../tests/data/library.jsonl.gz") as lines:
     text = "".join(json.loads(line)["text"] for line in lines)[:300_000]
 letters = np.frombuffer(text.encode("ascii", "ignore"), np.uint8)
 x, y, V, C = letters[:-1], letters[1:], 128, 8

@@ -148,7 +148,7 @@ def chain_backward(dout, halves, kept, residual):
 
 
 # %% a batch of letters: loss, and one step downhill tags=["hide-input"]
-with gzip.open("../../tests/data/library.jsonl.gz", "rt") as lines:
+with gzip.open("../../tests/data/library.jsonl.gz") as lines:
     text = "".join(json.loads(line)["text"] for line in lines)[:300_000]
 letters = np.frombuffer(text.encode("ascii", "ignore"), np.uint8)
 

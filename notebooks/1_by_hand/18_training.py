@@ -198,7 +198,7 @@ for name, cost, wanted in zip(
 # [chapter 1.3](03_batches.ipynb) makes the batches.
 
 # %% tokens and batches
-with gzip.open("../../tests/data/library.jsonl.gz", "rt") as lines:
+with gzip.open("../../tests/data/library.jsonl.gz") as lines:
     text = "".join(json.loads(line)["text"] for line in lines)[:400_000]
 encoding = tokenizer.train([text[:200_000]], vocab_size=1024)
 tokens = np.array(encoding.encode_ordinary(text), np.uint16)
