@@ -315,6 +315,7 @@ class _Epochs:
     def enter(self, epoch, shard):
         """Make ready the shard of this place; return its batches."""
         if self.entered != (epoch, shard):
+            self.entered = None  # nor the old place, should this one fail
             key = [self.seed, epoch] if self.shuffle else None
             _fill_order(self.shard_order, key)
             k = int(self.shard_order[shard])

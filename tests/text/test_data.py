@@ -219,6 +219,19 @@ def test_a_shard_cut_short_between_epochs_is_named(tmp_path):
         [loader.next_batch() for _ in range(3)]
 
 
+def test_after_a_shard_that_fails_one_can_go_back(tmp_path):
+    write_shard(tmp_path / "a.bin", np.arange(1000, 1037))
+    loader = DataLoader([np.arange(61), tmp_path / "a.bin"], 2, 3, seed=1)
+    first = loader.state
+    wanted = [x.copy() for x in loader.next_batch()]
+    assert np.max(wanted) < 1000
+    os.truncate(tmp_path / "a.bin", 10)
+    with pytest.raises(ValueError, match=r"a\.bin"):
+        loader.state = first | {"shard": 1}
+    loader.state = first
+    assert np.array_equal(loader.next_batch(), wanted)
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Windows keeps a file in use")
 def test_a_shard_that_is_replaced_is_read_on(tmp_path):
     write_shard(tmp_path / "a.bin", np.arange(100))
