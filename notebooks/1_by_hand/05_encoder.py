@@ -89,9 +89,9 @@ verdict("letters alone", bag(wte[cac]) == bag(wte[acc]), "the same vectors")
 # %% [markdown]
 # The same three vectors, in another order. That would do if the later layers
 # knew the order, and they do not. Nearly all of them work on each vector
-# alone; attention ([chapter 1.8](08_attention.ipynb)) sees those before it as
-# a set, and finds the same at the end of both words. So the order must be in
-# the vectors themselves. Add a vector to each that says where it stands:
+# alone; attention ([chapter 1.8](08_attention.ipynb)) sees those before it,
+# and not in which order they stand: at the end of both words it finds the
+# same. So the order must be in the vectors themselves. Add a vector to each that says where it stands:
 
 # %% with positions
 wpe = np.array([[10.0, 10], [20, 20], [30, 30], [40, 40]])
@@ -453,8 +453,8 @@ print(f"rows of wte read    {B * T:>12,} of {Vp:,}, at most")
 #
 # - The encoder adds a row of the token table and a row of the position
 #   table. It is a matrix product with one-hot rows, computed as a lookup.
-# - Without positions, texts of the same tokens would look alike from their
-#   ends to the attention that follows.
+# - Without positions, attention could not tell in which order the tokens
+#   before it came.
 # - Backward adds each row of `dout` to the row it came from. Repeated tokens
 #   add up, and `dwte[inp] += dout` would lose them.
 # - A gradient check proves what its example exercises.

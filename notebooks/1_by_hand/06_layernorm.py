@@ -15,8 +15,8 @@
 # > LayerNorm gives every token's vector mean 0 and variance 1, then scales and
 # > shifts each channel; its backward pass takes two sums a row.
 #
-# *Reading time: 24 minutes. You need: [chapter 1.1](01_learns.ipynb) for what
-# a gradient is. The fast versions: chapters [2.2](../2_cpu/02_rows.ipynb) and
+# *Reading time: 24 minutes. You need: [chapter 1.5](05_encoder.ipynb) for how a
+# layer's gradients are derived and proved. The fast versions: chapters [2.2](../2_cpu/02_rows.ipynb) and
 # [3.4](../3_gpu/04_layernorm.ipynb).*
 #
 # ## Where we are
@@ -111,8 +111,7 @@ plt.show()
 # %% [markdown]
 # *Figure 1.6.2. A fifth or a quarter is enough: after twelve layers the
 # numbers have shrunk or grown more than tenfold, by about the same factor at
-# each layer.
-# Normalised, every layer begins anew, and its wrong factor is not handed on.*
+# each layer. Normalised, every layer begins anew, and its wrong factor is not handed on.*
 #
 # One could draw the first matrices just right, but training changes them at
 # every step. The sizes matter, because later chapters bring layers that are
@@ -188,7 +187,7 @@ def layernorm_forward(out, mean, rstd, inp, weight, bias):
 
 # %% [markdown]
 # The caller brings the arrays, outputs first, and the function fills them:
-# [chapter 1.16](16_memory.ipynb) has laid all of them out beforehand.
+# [chapter 1.16](16_memory.ipynb) lays all of them out beforehand.
 # `mean[..., None]` gives the means a last axis of length 1, which
 # *broadcasting* repeats for every channel.
 
@@ -598,11 +597,14 @@ compare("rmsnorm dinp", rmsnorm_backward(g, inp, weight), want, tol=1e-8)
 row = (10_000 + rng.choice([-1.0, 1.0], 768)).astype(np.float32)
 
 # %% exercise 3, checked
+whole = row.dtype == np.float32 and row.shape == (768,)
+verdict("the row", whole, "is 768 numbers in float32")
 exact = row.astype(np.float64).var()
 one_sweep = np.mean(row * row) - np.mean(row) ** 2
 two_sweeps = np.mean((row - np.mean(row)) ** 2)
 verdict("one sweep", abs(one_sweep - exact) > 0.1 * exact, "is off by > 10 %")
-verdict("two sweeps", abs(two_sweeps - exact) < 1e-5, "is right to 1e-05")
+near = abs(two_sweeps - exact) < 1e-5 * exact
+verdict("two sweeps", near, "is right to five digits")
 
 # %% [markdown]
 # ## Further reading
