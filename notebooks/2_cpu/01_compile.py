@@ -168,10 +168,9 @@ for name, s in seconds.items():
     print(f"{name:<12} {s / len(x) * 1e9:8.2f} ns an element")
 
 # %% [markdown]
-# Each option alone takes one obstacle away and leaves the other; the last line
-# is the loop with both gone. All four sums agree with the float64 sum to four
-# digits and more, and a regrouped one is in general the closer, because eight
-# short sums round less than one long one.
+# The last line is the loop with both obstacles gone. All four sums agree with
+# the float64 sum to four digits and more, and a regrouped one is in general the
+# closer, because eight short sums round less than one long one.
 #
 # The promise about NaN is serious. A compiler that may assume there is none
 # answers the question `isnan` without looking:
@@ -399,8 +398,8 @@ def _encoder_backward(dwte, dwpe, dout, inp, T):
 
 # %% [markdown]
 # Each element adds up its terms in the order of the text, as in the slices.
-# Rows of absent tokens are never touched, so the time is that of B·T·C
-# additions whatever the size of the vocabulary.
+# Rows of absent tokens are never touched, so the time does not depend on the
+# size of the vocabulary.
 #
 # **Checks.** A compiled kernel does not check its indices: token 60000
 # would read, or worse, write, memory that belongs to something else. So the
@@ -450,8 +449,8 @@ def encoder_backward(dwte, dwpe, dout, inp):
 # %% [markdown]
 # ## The verdict
 #
-# Against the NumPy version in float32, with odd sizes and many repeats, and
-# the slices against the one thread:
+# Against the NumPy version in float32, with odd sizes and tokens that repeat,
+# and the slices against the one thread:
 
 
 # %% a problem of any size
@@ -541,8 +540,8 @@ for name in traffic:
 print(f"wte       {4 * Vp * C:>10,} bytes")
 
 # %% [markdown]
-# An eighth of an operation a byte and a little more. A core does several
-# operations in the time in which one byte comes from memory, so memory
+# An eighth of an operation a byte forward, a sixth backward. A core does
+# several operations in the time in which one byte comes from memory, so memory
 # decides: the *arithmetic intensity*, operations for each byte moved, says
 # which of the two to look at, and [chapter 2.4](04_matmul.ipynb) draws it.
 # To predict the time, we measure how fast this machine copies an array that
