@@ -6,19 +6,17 @@ __all__ = ["gelu_backward", "gelu_forward"]
 
 
 # imports of the CPU module
-import math
-
 import numpy as np
 
 from llmnb.backend import noted
 from llmnb.cpu.jit import arguments, inlined, share, team
 from llmnb.cpu.math import fast_exp
+from llmnb.reference.gelu import CUBIC, ROOT
 from llmnb.shapes import shapes
 
 
-# the constants of the kernels
-SLOPE = 2 * math.sqrt(2 / math.pi)
-CUBIC = 0.044715
+# the slope of twice xi
+SLOPE = 2 * ROOT
 
 
 # the forward kernel

@@ -69,6 +69,7 @@ def fast_exp(x):
 
 
 # tanh from it
+T_NEAR = np.float32(0.3)
 T3, T5, T7, T9 = map(np.float32, (-1 / 3, 2 / 15, -17 / 315, 62 / 2835))
 
 
@@ -78,9 +79,6 @@ def _tanh_float32(x):
     far = (ONE - q) / (ONE + q)
     near = x + x * y * (T3 + y * (T5 + y * (T7 + y * T9)))
     return near if abs(x) < T_NEAR else (far if x > 0 else -far)
-
-
-T_NEAR = np.float32(0.3)
 
 
 _tanh = _by_type(_tanh_float32, lambda x: math.tanh(x))

@@ -39,7 +39,6 @@
 # ## Setup
 
 # %% setup
-import math
 from types import SimpleNamespace
 
 import numba
@@ -77,6 +76,7 @@ import numpy as np
 
 from llmnb.backend import noted
 from llmnb.cpu.jit import arguments, share, team
+from llmnb.reference.layernorm import EPS
 from llmnb.shapes import shapes
 
 # %% [markdown]
@@ -87,10 +87,8 @@ from llmnb.shapes import shapes
 # $\overline{x^2} - \mu^2$ subtracts two large numbers and loses digits, and
 # the second sweep costs little because the row is in cache.
 
+
 # %% the forward kernel tags=["exporti"] module="cpu.layernorm"
-EPS = 1e-5
-
-
 @team
 def _layernorm_forward(part, parts, address):
     out, mean, rstd, inp, weight, bias = arguments(address)
@@ -216,8 +214,7 @@ def layernorm_backward(dinp, dweight, dbias, dout, inp, weight, mean, rstd):
 
 
 # %% [markdown]
-# The verdict, on the problem of the proof and on a larger one in float32,
-# whose sizes divide nothing:
+# The verdict, in float32, on sizes that divide nothing:
 
 
 # %% a problem of any size and dtype
@@ -250,8 +247,8 @@ for name in got:
     compare(name, got[name], getattr(p, name), tol=1e-5)
 
 # %% [markdown]
-# The sums are said to have a fixed order. Then one thread must find the same
-# bits as all of them:
+# The sums have a fixed order, so one thread must find the same bits as all of
+# them:
 
 # %% one thread and all threads
 for name in got:
@@ -295,9 +292,8 @@ print(f"{flops / 1e6:.1f} MFLOP, {moved / 1e6:.1f} MB moved")
 print(f"{flops / moved:.2f} FLOP a byte")
 
 # %% [markdown]
-# About one operation a byte: memory decides, not arithmetic. To
-# predict the time we measure how fast this machine moves data, with a plain
-# copy of an array that fits in no cache, and divide.
+# About one operation a byte: memory decides, not arithmetic. We divide by the
+# speed of a copy again, to predict the time:
 
 # %% predicted against measured time tags=["nbval-ignore-output"]
 a, b = np.ones((2, 1 << 25), np.float32)
@@ -311,7 +307,7 @@ print(f"predicted {moved / bandwidth * 1e3:.2f} ms, measured {fast * 1e3:.2f}")
 # went to main memory. Where it is above, it holds the start of the threads,
 # twice, and on a machine whose cores are busy with other programs the
 # wait for the slowest.
-
+#
 # ## An exponential that vectorises
 #
 # `math.exp` in a compiled loop is a call of a library function, one number
@@ -403,7 +399,13 @@ def fast_exp(x):
     return _exp(x)
 
 
+# %% [markdown]
+# A tanh follows: with $q = e^{-2|x|}$, that of $|x|$ is $(1 - q) / (1 + q)$.
+# [Chapter 5.4](../5_modern/04_attention.ipynb) keeps scores small by it.
+
+
 # %% tanh from it tags=["export"] module="cpu.math"
+T_NEAR = np.float32(0.3)
 T3, T5, T7, T9 = map(np.float32, (-1 / 3, 2 / 15, -17 / 315, 62 / 2835))
 
 
@@ -413,9 +415,6 @@ def _tanh_float32(x):
     far = (ONE - q) / (ONE + q)
     near = x + x * y * (T3 + y * (T5 + y * (T7 + y * T9)))
     return near if abs(x) < T_NEAR else (far if x > 0 else -far)
-
-
-T_NEAR = np.float32(0.3)
 
 
 _tanh = _by_type(_tanh_float32, lambda x: math.tanh(x))
@@ -432,8 +431,8 @@ def fast_tanh(x):
 
 
 # %% [markdown]
-# We measure its error against float64 on two million numbers, the ends
-# included.
+# We measure the error of the exponential against float64 on two million
+# numbers, the ends included.
 
 
 # %% the error of the fast exponential
@@ -583,19 +582,16 @@ reference = SimpleNamespace(
 )
 
 # %% imports of the CPU module tags=["export"] module="cpu.gelu"
-import math
-
 import numpy as np
 
 from llmnb.backend import noted
 from llmnb.cpu.jit import arguments, inlined, share, team
 from llmnb.cpu.math import fast_exp
+from llmnb.reference.gelu import CUBIC, ROOT
 from llmnb.shapes import shapes
 
-# %% the constants of the kernels tags=["exporti"] module="cpu.gelu"
-SLOPE = 2 * math.sqrt(2 / math.pi)
-CUBIC = 0.044715
-
+# %% the slope of twice xi tags=["exporti"] module="cpu.gelu"
+SLOPE = 2 * ROOT
 
 # %% [markdown]
 # The kernels take the array as one row of numbers, and each thread does its
@@ -678,8 +674,7 @@ def gelu_backward(dinp, dout, inp, add=True):
 
 
 # %% [markdown]
-# The verdicts: on the problem of the proof, and in float32 on a dense grid
-# against the float64 reference.
+# The verdicts: in float64 on a small problem, and in float32 on a dense grid.
 
 # %% the same results from the kernels
 inp, g = rng.normal(scale=2, size=(2, 3, 5, 7))
@@ -717,8 +712,6 @@ verdict("dinp", np.abs(d32 - d64).max() < 1e-6, "err < 1e-06")
 verdict("all of it", np.isfinite(y32).all(), "is finite")
 
 # %% one thread and several, bit for bit
-import numba
-
 most = numba.get_num_threads()
 numba.set_num_threads(1)
 alone = both(cpu, grid)
@@ -862,9 +855,7 @@ for args in ((a, b[:2], d), (a, b.astype(np.float64), d), (a, d, d[:])):
         print(error)
 
 # %% NumPy against the kernels tags=["nbval-ignore-output"]
-from numba import get_num_threads
-
-print(f"{machine()}, {get_num_threads()} threads")
+print(f"{machine()}, {most} threads")
 big = rng.normal(size=(3, 4, 1024, 768)).astype(np.float32)
 times = {}
 for name in ("forward", "backward"):
