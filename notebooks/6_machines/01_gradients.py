@@ -496,14 +496,14 @@ for R in (2, 3, 4, 6, 12):
 # All gradients are sent as they are, in four bytes a number; many programs
 # round them to two. And it sends when the backward pass is over; the gradient
 # of the last layer is there long before that of the first, and could travel
-# meanwhile.
+# meanwhile ([chapter 6.3](03_cost.ipynb) says what that would save).
 #
 # ## Take away
 #
 # - A batch is split without loss, because its gradient is a sum.
 # - Sums are split by elements: rank $r$ owns shard $r$, and everyone sends it there.
 # - A tree over micro-batches, and not over ranks, has the same bits for any number of
-#   ranks. The price is memory for what waits, and a block more to send
+#   ranks. The price is memory for what waits, and more blocks to send
 #   where ranges do not fit the tree.
 # - With one block, each rank sends less than twice the model in a step, however
 #   many ranks there are.
@@ -550,8 +550,6 @@ print(
 # :::
 
 # %% exercise 2, checked tags=["hide-cell"]
-import math
-
 from llmnb.train.group import waiting
 
 print(math.lcm(*range(1, 9)), waiting(range(840)), waiting(range(24)))
