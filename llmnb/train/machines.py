@@ -95,7 +95,7 @@ class Machines(Group):
         """What each has given, a list in order of rank; as JSON."""
         raw = np.frombuffer(json.dumps(x).encode(), np.uint8)
         lengths = np.empty(self.size, np.int64)
-        self._world.Allgather(np.array([raw.size]), lengths)
+        self._world.Allgather(np.array([raw.size], np.int64), lengths)
         found = np.empty(lengths.sum(), np.uint8)
         self._world.Allgatherv(raw, [found, lengths])
         parts = np.split(found, np.cumsum(lengths)[:-1])

@@ -224,8 +224,10 @@ class Sharded(GPT2):
 
 # %% a run with everything in it
 from llmnb.formats.shard import read_shard
+from llmnb.train.feed import loaders, prepare
 from llmnb.train.folder import run_folder
 from llmnb.train.group import ALONE
+from llmnb.train.loop import Progress, train_step
 from llmnb.train.options import TrainConfig
 from llmnb.train.rehearsal import rehearse
 from llmnb.train.run import begin, finish, follow, resume
@@ -316,9 +318,6 @@ class Early(Sharded):
 
 
 def weights(group, made):
-    from llmnb.train.feed import loaders, prepare
-    from llmnb.train.loop import Progress, train_step
-
     shape = config.model(257), 2, 32
     model = made.of(group)(*shape) if group.size > 1 else GPT2(*shape)
     feed = loaders(config, prepare(config))[0]
@@ -342,7 +341,7 @@ place.cleanup()
 # shared memory, TCP and the networks of clusters, and `mpi4py` brings it to
 # NumPy's arrays. Nothing else of the command changes, except that ranks must
 # have something to share. A micro-batch is by default 8 rows of 64 tokens, so
-# that the first two lines below give each rank 2 of 4 micro-batches, and 4 of
+# that the two lines with `mpirun` give each rank 2 of 4 micro-batches, and 4 of
 # 32:
 #
 #     pip install -e ".[mpi]"
@@ -441,7 +440,7 @@ class Machines(Group):
         """What each has given, a list in order of rank; as JSON."""
         raw = np.frombuffer(json.dumps(x).encode(), np.uint8)
         lengths = np.empty(self.size, np.int64)
-        self._world.Allgather(np.array([raw.size]), lengths)
+        self._world.Allgather(np.array([raw.size], np.int64), lengths)
         found = np.empty(lengths.sum(), np.uint8)
         self._world.Allgatherv(raw, [found, lengths])
         parts = np.split(found, np.cumsum(lengths)[:-1])
