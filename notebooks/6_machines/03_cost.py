@@ -248,7 +248,7 @@ verdict("in all", ratio < 0.65, "less than 0.65 of it")
 # *gloo*, sends buckets of gradients while the backward pass goes on, and keeps m and
 # v whole on every rank. Two ranks of one thread, the same model, batch and
 # clipping, AdamW fused; one after the other on the same machine. Ours was run
-# again for it, and took 2.46 s this time, where it took 2.27 s above:
+# again for it, and took 2.46 s this time, 2.27 s the first time:
 
 # %% beside PyTorch
 ddp = measured["ddp"]
@@ -483,11 +483,10 @@ print("efficiency" + " " * 14 + "  ".join(f"{R:>5}" for R in (8, 64, 512)))
 paper = {}
 for name, cfg in models.items():
     size = parameter_count(cfg)
-    work = 6 * size * TOTAL / (10 * F)
+    work, k = 6 * size * TOTAL / (10 * F), np.ceil(size / 2**22)
     for rate in (1, 10, 100):
         row = []
         for R in (8, 64, 512):
-            k = np.ceil(size / R / (2**22 / R))
             how = ALPHA, 8e-9 / rate, work, size, k
             row.append(work / R / predicted(R, *how))
         paper[name, rate] = row
@@ -597,10 +596,9 @@ for name in ("one machine", "1 Gbit/s", "10 Gbit/s"):
 
 # %% [markdown]
 # The weights are the same. On such cores no difference is larger than that among
-# turns of one kind, and at ten gigabits it is the step with the thread that
-# took longer: the thread takes time from the kernels. On free cores it has not
-# been measured; there (6.3.6) is the most that two ranks could gain, and four gain
-# nothing. So `llmnb` sends when the pass is done.
+# turns of one kind. On free cores it has not been measured; there (6.3.6) is the
+# most that two ranks could gain, and four gain nothing. So `llmnb` sends when the
+# pass is done.
 #
 # ## Take away
 #
@@ -608,8 +606,8 @@ for name in ("one machine", "1 Gbit/s", "10 Gbit/s"):
 #   $(R - 1) \alpha$ is small beside the time of 16 MB.
 # - Where the bytes take longer than the work, a second machine makes a step
 #   slower, and so does a third.
-# - Efficiency depends on the tokens that a rank computes between two exchanges, and not
-#   on the model.
+# - On given machines, efficiency depends on the tokens that a rank computes between
+#   two exchanges, and not on the model.
 # - With a fixed batch every added machine has fewer tokens; half of the time
 #   is lost at $b_0$.
 #
@@ -635,7 +633,7 @@ for name in ("one machine", "1 Gbit/s", "10 Gbit/s"):
 
 # %% exercise 1, checked tags=["hide-cell"]
 b0 = 4 / 3 * 8e-9 * 5e11
-print(f"{b0:.0f} {9 * b0:.0f} {1 / (1 + 1 / 9):.2f}")
+print(f"{b0:.0f} {9 * b0:.0f} {1 / (1 + b0 / 48_000):.2f}")
 
 # %% [markdown]
 # ## Further reading
