@@ -7,10 +7,10 @@ from itertools import islice
 
 import numpy as np
 
+from llmnb.files import own_folder
 from llmnb.formats.safetensors import TensorFile, write_tensors
 from llmnb.text import tokenizer
 from llmnb.train.feed import Data
-from llmnb.train.folder import run_folder
 from llmnb.train.log import read_steps
 from llmnb.train.options import TrainConfig
 from llmnb.train.run import begin, finish, follow, resume
@@ -40,19 +40,19 @@ def small_data():
 def begun(group, folder, config):
     """A run that each rank of a group begins in a new folder."""
     if group.first:
-        run_folder(folder)
+        own_folder(folder)
     group.gather("the folder is there")
     return begin(folder, config, group)
 
 
 def straight(folder, config=TINY):
-    run = begin(run_folder(folder), config)
+    run = begin(own_folder(folder), config)
     return run, list(follow(run))
 
 
 def cut(folder, count, config=TINY):
     """A run that was left after so many steps."""
-    run = begin(run_folder(folder), config)
+    run = begin(own_folder(folder), config)
     list(islice(follow(run), count))
     return run
 

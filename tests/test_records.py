@@ -20,9 +20,9 @@ from commands import LIBRARY
 from llamas import write_llama
 
 from llmnb.config import GPT2Config
+from llmnb.files import own_folder
 from llmnb.formats.starter import DebugState, accept
 from llmnb.model.gpt2 import GPT2
-from llmnb.train.folder import run_folder
 from llmnb.train.options import TrainConfig
 from llmnb.train.run import begin, finish, follow
 
@@ -74,7 +74,7 @@ def test_the_hour(tmp_path, put):
         eval_every=2, eval_batches=2, save_every=2, keep=9,
         backend="reference",
     )  # fmt: skip
-    run, hour = begin(run_folder(tmp_path / "run"), config), tmp_path / "hour"
+    run, hour = begin(own_folder(tmp_path / "run"), config), tmp_path / "hour"
     list(follow(run))
     finish(run)
     put(record_hour, HOUR=hour, SAMPLED=(0, 4))

@@ -4,9 +4,8 @@
 
 __all__ = [
     "config_from", "load_run", "log_row", "model_file", "note_model",
-    "read_run", "run_folder", "save_model", "save_run", "sparing",
-    "state_path", "states", "step_of", "weights_path", "write_log",
-    "write_record",
+    "read_run", "save_model", "save_run", "sparing", "state_path", "states",
+    "step_of", "weights_path", "write_log", "write_record",
 ]
 
 
@@ -19,7 +18,7 @@ from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
 
-from llmnb.files import own_folder, read_json, write_whole
+from llmnb.files import read_json, write_whole
 from llmnb.formats.vocabulary import keep_encoding, open_encoding
 from llmnb.model.gpt2 import GPT2
 from llmnb.timing import machine
@@ -27,10 +26,6 @@ from llmnb.train.drawing import save_figure
 from llmnb.train.feed import landmarks
 from llmnb.train.loop import Step
 from llmnb.train.options import TrainConfig
-
-
-# a folder for a run
-run_folder = own_folder
 
 
 # the log
@@ -78,7 +73,7 @@ def model_file(cfg):
 
 
 def save_model(folder, model):
-    """Write a run's model; that of another kind there is no longer its.
+    """Write a run's model; one of an older run in another format goes.
 
     Derived in chapter 4.14.
     """
@@ -91,7 +86,7 @@ def save_model(folder, model):
 def save_run(folder, config, model, data, steps):
     """Write the model, config.json, the tokenizer, log.csv and loss.png.
 
-    folder: the Path that `run_folder` made. steps: list of `Step`. A log or
+    folder: the Path that `own_folder` made. steps: list of `Step`. A log or
     a figure that cannot be written is a warning.
 
     Derived in chapter 4.14.

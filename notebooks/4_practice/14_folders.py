@@ -41,6 +41,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from llmnb.book.verify import verdict
+from llmnb.files import own_folder
 from llmnb.train.feed import landmarks, loaders, prepare
 from llmnb.train.loop import train
 from llmnb.train.options import TrainConfig
@@ -140,8 +141,11 @@ def save_figure(path, steps, landmarks):
 # %% [markdown]
 # ## The model of a run
 #
-# A new model, or one with the weights of a checkpoint; and whether there is room
-# for it.
+# A run begins with new weights, or with those of a checkpoint. What trains decides
+# the class of the model: `GPT2` in one process, and its relatives where weights
+# learn on the way back (Part 5) or where a group of processes shares the work
+# (Part 6). Before its memory is taken, it is asked whether there is room: a system
+# that has promised more than it has ends the process later, without a word.
 
 
 # %% imports of start tags=["export"] module="train.start"
@@ -249,7 +253,7 @@ verdict("sixty steps", final < steps[0].val_loss - 0.5, "have been worth it")
 # | `chat_template.jinja` | how one talks with the model, where that from which the run starts has it ([chapter 5.9](../5_modern/09_chat.ipynb)) |
 # | `config.json` | the `TrainConfig`, the corpus, the landmarks, versions |
 # | `log.csv` | one line for every `Step` |
-# | `loss.png` | figure 4.14.1 |
+# | `loss.png` | a picture like figure 4.14.1 |
 # | `model.bin` | the weights, in the format of [chapter 4.2](02_checkpoints.ipynb); `model.safetensors` where the model is no GPT-2 |
 # | `sample.txt` | a text that the model wrote, from `llmnb train` ([chapter 4.24](24_train.ipynb)) |
 # | `state_*.safetensors` | what it takes to go on; see [chapter 4.15](15_states.ipynb) |
@@ -264,8 +268,9 @@ verdict("sixty steps", final < steps[0].val_loss - 0.5, "have been worth it")
 # nothing to do with it: a font, a setting, a package that is missing. So the
 # model is written first, and what only shows it may fail with a warning.
 #
-# Half files are one danger, two writers another: so a run locks its folder
-# ([chapter 4.1](01_files.ipynb)), and begins in one that is its own.
+# Half files are one danger, two writers another: so a run locks its folder, and
+# begins in one that is its own: `Lock` and `own_folder` of
+# [chapter 4.1](01_files.ipynb).
 
 # %% imports of folder tags=["export"]
 import json
@@ -276,7 +281,7 @@ from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
 
-from llmnb.files import own_folder, read_json, write_whole
+from llmnb.files import read_json, write_whole
 from llmnb.formats.vocabulary import keep_encoding, open_encoding
 from llmnb.model.gpt2 import GPT2
 from llmnb.timing import machine
@@ -284,10 +289,6 @@ from llmnb.train.drawing import save_figure
 from llmnb.train.feed import landmarks
 from llmnb.train.loop import Step
 from llmnb.train.options import TrainConfig
-
-
-# %% a folder for a run tags=["export"]
-run_folder = own_folder
 
 
 # %% the log tags=["export"]
@@ -324,7 +325,7 @@ def model_file(cfg):
 
 
 def save_model(folder, model):
-    """Write a run's model; that of another kind there is no longer its."""
+    """Write a run's model; one of an older run in another format goes."""
     name = model_file(model.cfg)
     model.save_checkpoint(folder / name)
     for other in {"model.bin", "model.safetensors"} - {name}:
@@ -334,7 +335,7 @@ def save_model(folder, model):
 def save_run(folder, config, model, data, steps):
     """Write the model, config.json, the tokenizer, log.csv and loss.png.
 
-    folder: the Path that `run_folder` made. steps: list of `Step`. A log or
+    folder: the Path that `own_folder` made. steps: list of `Step`. A log or
     a figure that cannot be written is a warning.
     """
     save_model(folder, model)
@@ -434,7 +435,7 @@ def config_from(found):
 
 # %% write and read back
 with TemporaryDirectory() as folder:
-    save_run(run_folder(folder), config, model, data, steps)
+    save_run(own_folder(folder), config, model, data, steps)
     print(*sorted(x.name for x in Path(folder).iterdir()))
     writer, encoding, same = load_run(folder)
 verdict("read back", same == config, "the same numbers")
@@ -504,24 +505,53 @@ def _model_step(folder):
 #
 # ## Exercises
 #
-# **1** (★★). A folder holds `model.bin` and a state of step 10, and its
-# `config.json` is from a program that wrote no `model_step`. Which weights are
-# taken, and why is that the safe side?
+# **1** (★★). A folder holds `model.bin` and a state of step 10. Which weights are
+# taken if `config.json` says that the model was written at step 10, which if it
+# says 9, and which if it is from a program that wrote no `model_step`? Why is that
+# the safe side?
 #
 # :::{admonition} Solution to exercise 1
 # :class: dropdown
-# The state's. An unknown step counts as -1, which is before every state. A state
-# is written whole with its step in its name, so its age is certain; taking an old
-# model for the newest would lose the steps since.
+# The model's, the state's, and again the state's. An unknown step counts as -1,
+# which is before every state. A state is written whole with its step in its name,
+# so its age is certain; taking an old model for the newest would lose the steps
+# since.
 # :::
 
 # %% exercise 1, checked tags=["hide-cell"]
 with TemporaryDirectory() as folder:
     for name in ("model.bin", state_path(folder, 10).name):
         Path(folder, name).touch()
-    Path(folder, "config.json").write_text("{}")
-    found = weights_path(folder)
-verdict("no model_step", found.name.startswith("state_"), "the state counts")
+    found = []
+    for said in ('{"model_step": 10}', '{"model_step": 9}', "{}"):
+        Path(folder, "config.json").write_text(said)
+        found.append(weights_path(folder).suffix)
+want = [".bin", ".safetensors", ".safetensors"]
+verdict("model_step", found == want, "the state counts, unless it is older")
+
+# %% [markdown]
+# **2** (★). What do you have after a run whose picture cannot be drawn? Make a
+# folder called `loss.png` where the file should be, and save the run there.
+#
+# :::{admonition} Solution to exercise 2
+# :class: dropdown
+# All but the picture, and a warning that says why: the model was written before,
+# and `sparing` lets nothing else suffer.
+# :::
+
+# %% exercise 2, checked tags=["hide-cell"]
+with (
+    TemporaryDirectory() as folder,
+    warnings.catch_warnings(record=True) as said,
+):
+    warnings.simplefilter("always")
+    Path(folder, "loss.png").mkdir()
+    save_run(Path(folder), config, model, data, steps)
+    files = [x.name for x in Path(folder).iterdir() if x.is_file()]
+print(*sorted(files))
+told = [str(x.message) for x in said]
+verdict("no picture", len(files) == 4 and len(told) == 1, "costs no model")
+verdict("the warning", "goes on without" in told[0], "says what is missing")
 
 # %% [markdown]
 # ## What llmnb gained

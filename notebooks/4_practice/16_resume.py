@@ -41,8 +41,8 @@ from unittest.mock import patch
 import numpy as np
 
 from llmnb.book.verify import verdict
+from llmnb.files import own_folder
 from llmnb.formats.shard import read_shard
-from llmnb.train.folder import run_folder
 from llmnb.train.options import TrainConfig
 
 text = read_shard("../../tests/data/curve_tokens.bin")
@@ -563,7 +563,7 @@ careful = TrainConfig(
 
 
 def straight(folder, config):
-    run = begin(run_folder(folder), config)
+    run = begin(own_folder(folder), config)
     return run, list(follow(run))
 
 
@@ -583,7 +583,7 @@ print(*sorted(x.name for x in first.folder.iterdir()), sep="\n")
 
 # %% cut and resumed
 def cut(folder, config, forget=lambda run: None):
-    run = begin(run_folder(folder, force=True), config)
+    run = begin(own_folder(folder, force=True), config)
     list(islice(follow(run), 13))
     run, _ = resume(folder)
     forget(run)
@@ -675,7 +675,7 @@ for left in sizes:
 verdict("always", failed == len(sizes) > 49, "the old state stays whole")
 
 # %% what the user sees
-run = begin(run_folder(Path(place.name, "full")), careful)
+run = begin(own_folder(Path(place.name, "full")), careful)
 try:
     for step in follow(run):
         if step.step == 12:

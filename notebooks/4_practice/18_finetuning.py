@@ -45,8 +45,9 @@ import matplotlib.pyplot as plt
 
 from llmnb.book.diagram import PALETTE
 from llmnb.book.verify import verdict
+from llmnb.files import own_folder
 from llmnb.train.feed import loaders, prepare
-from llmnb.train.folder import run_folder, save_run
+from llmnb.train.folder import save_run
 from llmnb.train.loop import evaluate, train
 from llmnb.train.options import TrainConfig
 from llmnb.train.start import new_model
@@ -143,7 +144,7 @@ code = prepare(python)
 knows = new_model(python, code.encoding.n_vocab)
 *_, last = train(python, knows, *loaders(python, code))
 scratch = TemporaryDirectory()
-trained = run_folder(Path(scratch.name, "python"))
+trained = own_folder(Path(scratch.name, "python"))
 save_run(trained, python, knows, code, [last])
 
 # %% begin where it ended

@@ -145,7 +145,7 @@ from pathlib import Path
 
 from llmnb.cli.options import GroupOptions, ThreadOptions, check_backend
 from llmnb.cli.options import fields_of, say, set_threads, tell_compiling, warn
-from llmnb.files import unmade, write_whole
+from llmnb.files import own_folder, unmade, write_whole
 from llmnb.model.generate import decoded, generate
 from llmnb.text.tokenizer import text_start
 from llmnb.train.newest import RUNS, new_folder, newest_run, note_newest
@@ -153,7 +153,7 @@ from llmnb.train.run import begin, finish, follow, resume, telling
 from llmnb.train.state import save_state
 from llmnb.train.terminal import progress_bar
 from llmnb.train.feed import landmarks
-from llmnb.train.folder import load_run, read_run, run_folder, sparing
+from llmnb.train.folder import load_run, read_run, sparing
 from llmnb.train.group import group_of
 from llmnb.train.options import SHAPE, DataOptions, KeepOptions
 from llmnb.train.options import LearningOptions, ModelOptions, TrainConfig
@@ -208,7 +208,7 @@ def _begun(args, group):
         if group.first:
             folder = args.out or new_folder(config)
             made += [] if args.out else [folder]
-            folder = run_folder(folder, args.force)
+            folder = own_folder(folder, args.force)
         return begin(group.gather(str(folder))[0], config, group)
 
 

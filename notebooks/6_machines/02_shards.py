@@ -223,9 +223,9 @@ class Sharded(GPT2):
 # threads here. Every file that matters must have the same bytes.
 
 # %% a run with everything in it
+from llmnb.files import own_folder
 from llmnb.formats.shard import read_shard
 from llmnb.train.feed import loaders, prepare
-from llmnb.train.folder import run_folder
 from llmnb.train.group import ALONE
 from llmnb.train.loop import Progress, train_step
 from llmnb.train.options import TrainConfig
@@ -249,7 +249,7 @@ config = TrainConfig(
 def trained(group, folder, steps=None, again=False):
     """Train in a folder, or go on there; leave it after some steps."""
     if group.first and not again:
-        run_folder(folder)
+        own_folder(folder)
     group.gather("the folder is there")
     if again:
         run, _ = resume(folder, group)

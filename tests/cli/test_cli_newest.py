@@ -14,7 +14,7 @@ from commands import TINY, interrupt
 from runs import PLAIN
 
 from llmnb.cli import train as train_command
-from llmnb.train.folder import run_folder
+from llmnb.files import own_folder
 from llmnb.train.newest import new_folder, newest_run, note_newest
 from llmnb.train.options import TrainConfig
 from llmnb.train.run import begin, follow
@@ -80,7 +80,7 @@ def test_the_newest_run_is_the_one_that_saved_last(llmnb, tmp_path):
 
     config = replace(PLAIN, limit=30000, steps=6, save_every=3, eval_every=4)
     names = "first", "second"
-    first, second = (begin(run_folder(f"runs/{x}"), config) for x in names)
+    first, second = (begin(own_folder(f"runs/{x}"), config) for x in names)
     for run in (first, second):
         note_newest(run)
     follow_to_the_end(second)

@@ -19,6 +19,7 @@ from llmnb import GPT2, GPT2Config
 from llmnb.arena import Arena, put
 from llmnb.cuda import model_layout, products
 from llmnb.cuda.model import fill, no_gpu
+from llmnb.files import own_folder
 from llmnb.formats.safetensors import TensorFile
 from llmnb.gpu import launch
 from llmnb.gpu.graph import Graph
@@ -26,7 +27,7 @@ from llmnb.gpu.simulator import watch
 from llmnb.model.decode import Decoder
 from llmnb.model.generate import generate, window_logits
 from llmnb.train.feed import loaders
-from llmnb.train.folder import load_run, run_folder, save_run
+from llmnb.train.folder import load_run, save_run
 from llmnb.train.loop import Progress, evaluate, train_step
 from llmnb.train.run import follow, resume
 from llmnb.train.start import new_model
@@ -262,7 +263,7 @@ def test_evaluation_and_writing(small_text, tmp_path):
 
 
 def test_a_run_in_tf32_read_on_another_backend(small_text, tmp_path):
-    folder = run_folder(tmp_path / "run")
+    folder = own_folder(tmp_path / "run")
     model = GPT2(RUN.model(257), 1, 6, "cuda")
     save_run(folder, replace(RUN, precision="tf32"), model, small_text, [])
     model, _, config = load_run(folder, backend="cpu")

@@ -19,6 +19,7 @@ from llamas import (
 from runs import TINY, cut, cut_and_resumed, files_of, straight, weights
 from tiktoken import Encoding
 
+from llmnb.files import own_folder
 from llmnb.formats.foreign import Foreign
 from llmnb.formats.shard import read_shard, write_shard
 from llmnb.formats.vocabulary import keep_encoding, open_encoding
@@ -29,7 +30,7 @@ from llmnb.text.tokenizer import document_start, text_start
 from llmnb.train.evaluation import score_text, text_losses
 from llmnb.train.feed import prepare
 from llmnb.train.finetune import starting_from
-from llmnb.train.folder import load_run, run_folder, weights_path
+from llmnb.train.folder import load_run, weights_path
 from llmnb.train.options import TrainConfig
 from llmnb.train.run import begin, finish, follow, resume
 
@@ -79,7 +80,7 @@ def test_a_family_is_tuned(tmp_path, corpus, family, tokenizer, name, ends):
     assert (config.arch, config.channels) == (family, 16)
     assert config.num_kv_heads == cfg.num_kv_heads
     assert config.window == (cfg.window or 0)
-    run = begin(run_folder(tmp_path / "a"), config)
+    run = begin(own_folder(tmp_path / "a"), config)
     said = json.loads((run.folder / "config.json").read_text())["config"]
     assert (said["arch"], said["init"]) == (family, str(init))
     start = GPT2.from_checkpoint(init, 2, 8, "reference")
@@ -147,7 +148,7 @@ def test_a_run_in_a_folder_in_use_has_its_own_files(tmp_path, corpus):
         (tuned, "llama", Foreign, {"model.bin", "tokenizer.tiktoken"}),
         (plain, "gpt2", Encoding, {"model.safetensors", "tokenizer.json"}),
     ):
-        run = begin(run_folder(tmp_path / "a", force=True), config)
+        run = begin(own_folder(tmp_path / "a", force=True), config)
         list(follow(run))
         finish(run)
         model, encoding, _ = load_run(tmp_path / "a")

@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from runs import TINY, cut, log_of, straight, weights
 
+from llmnb.files import own_folder
 from llmnb.model.gpt2 import GPT2
 from llmnb.train import run as the_run
-from llmnb.train.folder import run_folder
 from llmnb.train.log import read_rows, read_steps, start_log
 from llmnb.train.run import begin, finish, follow, resume
 from llmnb.train.state import newest_state
@@ -155,7 +155,7 @@ def test_an_edited_log_costs_no_model(tmp_path, edit, count, warning):
 
 
 def test_rows_are_safe_before_the_next_state(tmp_path, monkeypatch):
-    run, made = begin(run_folder(tmp_path / "a"), TINY), []
+    run, made = begin(own_folder(tmp_path / "a"), TINY), []
     log, state = run.folder / "log.csv", the_run.save_state
 
     def sync(place):
@@ -176,7 +176,7 @@ def test_rows_are_safe_before_the_next_state(tmp_path, monkeypatch):
 def test_rows_wait_for_a_log(tmp_path, monkeypatch, kind):
     """Nothing is lost, and the run goes on."""
     want, _ = straight(tmp_path / "a")
-    run = begin(run_folder(tmp_path / "b"), TINY)
+    run = begin(own_folder(tmp_path / "b"), TINY)
     log, steps = run.folder / "log.csv", follow(run)
     list(islice(steps, 6))
     kept = log.read_bytes()

@@ -35,7 +35,7 @@ from runs import (
 )
 
 from llmnb.cpu.tile import cpu_features
-from llmnb.files import LOCK
+from llmnb.files import LOCK, own_folder
 from llmnb.formats.checkpoint import read_config
 from llmnb.formats.safetensors import TensorFile, write_tensors
 from llmnb.formats.shard import write_shard
@@ -46,7 +46,7 @@ from llmnb.train import folder as folders
 from llmnb.train import run as the_run
 from llmnb.train.feed import Data, loaders, prepare
 from llmnb.train.finetune import starting_from
-from llmnb.train.folder import run_folder, state_path, states
+from llmnb.train.folder import state_path, states
 from llmnb.train.loop import evaluate
 from llmnb.train.run import CHANGEABLE, begin, finish, follow, resume
 from llmnb.train.start import new_model
@@ -78,7 +78,7 @@ def test_the_state_is_all_there_is(tmp_path):
     want, steps = straight(tmp_path / "a")
     skipped = [s.step for s in steps if s.skipped]
     assert skipped[0] < 10 < skipped[1] < 15 < skipped[-1]
-    new = begin(run_folder(tmp_path / "new"), TINY).model.memory
+    new = begin(own_folder(tmp_path / "new"), TINY).model.memory
 
     def group(name):
         return lambda x: np.copyto(x.model.memory.flat(name), new.flat(name))
@@ -124,7 +124,7 @@ def test_a_longer_run(tmp_path):
 
 
 def test_the_newest_states_are_kept(tmp_path):
-    run = begin(run_folder(tmp_path / "a"), replace(TINY, save_every=3))
+    run = begin(own_folder(tmp_path / "a"), replace(TINY, save_every=3))
     seen = [steps_in(run.folder) for _ in follow(run)]
     assert seen[1:4] == [[], [3], [3]]
     assert seen[8] == [6, 9] and seen[-1] == [18, 20]
@@ -189,7 +189,7 @@ def test_only_our_own_names_are_states_or_leftovers(tmp_path, how):
 
 
 def test_a_run_of_more_than_a_hundred_million_steps(tmp_path):
-    run = begin(run_folder(tmp_path / "a"), replace(TINY, steps=10**9))
+    run = begin(own_folder(tmp_path / "a"), replace(TINY, steps=10**9))
     for step in (99_999_998, 99_999_999, 100_000_000):
         run.at.step = step
         save_state(run)
@@ -199,7 +199,7 @@ def test_a_run_of_more_than_a_hundred_million_steps(tmp_path):
 
 @pytest.mark.skipif(os.name == "nt", reason="folders cannot be synced")
 def test_a_state_is_safe_before_an_older_one_is_removed(tmp_path, calls):
-    run = begin(run_folder(tmp_path / "a"), replace(TINY, keep=1))
+    run = begin(own_folder(tmp_path / "a"), replace(TINY, keep=1))
     for step in (5, 10):
         run.at.step = step
         calls.clear()
@@ -419,7 +419,7 @@ def test_the_state_before_the_damaged_one(tmp_path):
 
 
 def test_a_full_disk_is_told_in_one_line(tmp_path, monkeypatch):
-    run = begin(run_folder(tmp_path / "a"), TINY)
+    run = begin(own_folder(tmp_path / "a"), TINY)
     full = raising(OSError, errno.ENOSPC, os.strerror(errno.ENOSPC), "file")
     with pytest.raises(OSError) as error:
         for step in follow(run):
@@ -432,7 +432,7 @@ def test_a_full_disk_is_told_in_one_line(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 def test_a_full_disk_for_the_log(tmp_path):
-    run = begin(run_folder(tmp_path / "a"), TINY)
+    run = begin(own_folder(tmp_path / "a"), TINY)
     steps, log = follow(run), run.folder / "log.csv"
     list(islice(steps, 7))
     kept = log.read_bytes()
@@ -450,7 +450,7 @@ def test_a_full_disk_for_the_log(tmp_path):
 
 
 def test_a_folder_that_vanishes_is_told_in_one_line(tmp_path):
-    run = begin(run_folder(tmp_path / "a"), TINY)
+    run = begin(own_folder(tmp_path / "a"), TINY)
     steps = follow(run)
     list(islice(steps, 3))
     shutil.rmtree(run.folder)
@@ -486,7 +486,7 @@ def test_a_lock_ends_with_its_run(tmp_path):
     assert lock.exists()
     finish(run)
     assert not lock.exists()
-    assert run_folder(run.folder, force=True) == run.folder
+    assert own_folder(run.folder, force=True) == run.folder
     next(follow(run))
     assert lock.exists(), "it goes on"
     lock.unlink()
@@ -504,7 +504,7 @@ def test_a_lock_ends_with_its_run(tmp_path):
         assert error and not lock.exists()
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / LOCK).touch()
-    assert run_folder(tmp_path / "empty"), "a lock alone counts as empty"
+    assert own_folder(tmp_path / "empty"), "a lock alone counts as empty"
 
 
 # numbers that are none
@@ -523,7 +523,7 @@ def test_no_state_takes_the_place_of_a_good_one(tmp_path, group, value):
 
 @np.errstate(all="ignore")
 def test_without_a_state_the_way_out_is_the_beginning(tmp_path):
-    run = begin(run_folder(tmp_path / "a"), TINY)
+    run = begin(own_folder(tmp_path / "a"), TINY)
     run.model.params["fcw"].flat[-1] = np.nan
     with pytest.raises(FloatingPointError, match="validation loss is") as bad:
         list(follow(run))
@@ -673,7 +673,7 @@ def test_a_folder_of_another_process_is_refused(tmp_path):
     before = files_of(run.folder)
     with held(run.folder) as process:
         says = f"a is in use by process {process.pid} on "
-        for call in (resume, partial(begin, config=TINY), run_folder):
+        for call in (resume, partial(begin, config=TINY), own_folder):
             with pytest.raises(OSError, match=says):
                 call(run.folder)
     assert files_of(run.folder) == before
