@@ -1,6 +1,6 @@
 # Written by `make export` from notebooks/1_by_hand/12_adamw.py: edit that file.
 
-"""The learning rate of each step, and which tensors decay."""
+"""The learning rate of each step: warm-up, then a decline."""
 
 __all__ = ["KINDS", "check_schedule", "learning_rate"]
 

@@ -7,7 +7,7 @@
 #   llmnb:
 #     modules:
 #       reference.adamw: "AdamW and the clipping of gradients in NumPy."
-#       train.schedule: "The learning rate of each step, and which tensors decay."
+#       train.schedule: "The learning rate of each step: warm-up, then a decline."
 # ---
 
 # %% [markdown]

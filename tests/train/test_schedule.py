@@ -1,4 +1,4 @@
-"""Learning rate schedules, and which tensors decay."""
+"""Learning rate schedules."""
 
 import math
 
