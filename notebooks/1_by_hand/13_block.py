@@ -602,9 +602,9 @@ for x in tensor_table(GPT2Config()):
 # The gradient of a block against central differences, in float64 as always,
 # for the input and for each of its twelve tensors. The weights are drawn fifty
 # times as wide as GPT-2's, so that every gradient is large; so is then the
-# error of the differences, and the tolerance is $10^{-7}$. (`d` has the arrays
-# of `a` too: the gradients that stay in a block, such as `dqkv`, are those of
-# its parts' `turns`.)
+# error of the differences, and the tolerance is $10^{-7}$. (All arrays begin as
+# NaN, so that none can be read before it is written. `a` and `d` are one dict: the
+# gradients that stay in a block, such as `dqkv`, are those of its parts' `turns`.)
 
 # %% one block by itself
 cfg = GPT2Config(
@@ -619,8 +619,8 @@ for name in ("ln1", "ln2"):
     shapes |= parts.norm.keeps(cfg, B, T, name)
 for part in (parts.attention, parts.feedforward):
     shapes |= part.keeps(cfg, B, T) | part.turns(cfg, B, T)
-a = {name: np.zeros(shape) for name, shape in shapes.items()}
-d = a | {"dstream": np.zeros((B, T, C)), "dln": np.zeros((B, T, C))}
+shapes |= dict.fromkeys(("dstream", "dln"), (B, T, C))
+a = d = {name: np.full(shape, np.nan) for name, shape in shapes.items()}
 inp, g = rng.normal(size=(2, B, T, C))
 
 
