@@ -563,8 +563,9 @@ print(numbers / (B * T * own.channels), "C numbers a token and block")
 #
 # :::{admonition} Solution to exercise 1
 # :class: dropdown
-# Compare with the page. If a gradient has the wrong shape, a transpose is missing; if
-# it has the right shape and the wrong value, look for a sum.
+# Put yours in the place of the page's, and run the cells of the proof again. If a
+# gradient has the wrong shape, a transpose is missing; if it has the right shape and
+# the wrong value, look for a sum.
 # :::
 #
 # **2** (★★). The gradient of `wte` is a sum of two. Compute the encoder's share and
@@ -573,9 +574,10 @@ print(numbers / (B * T * own.channels), "C numbers a token and block")
 #
 # :::{admonition} Solution to exercise 2
 # :class: dropdown
-# Without its line `np.add.at` the backward pass gives the logits' share; the rest is
-# the encoder's. The softmax gives every token some probability, so the logits' share
-# reaches every token of the vocabulary; the encoder's only those that were read.
+# Without its line `np.add.at` the backward pass gives the logits' share, and without
+# the line `g["wte"] += ...` the encoder's. The softmax gives every token some
+# probability, so the logits' share reaches every token of the vocabulary; the
+# encoder's only those that were read.
 # :::
 
 # %% exercise 2 tags=["hide-cell"]
@@ -587,9 +589,11 @@ _, kept = forward(q, *how, 9)
 whole = backward(q, *how, kept)["wte"]
 without = edited(backward, 'np.add.at(g["wte"], tokens, dx)', "pass")
 logits_share = without(q, *how, kept)["wte"]
-encoder_share = whole - logits_share
+head = 'g["wte"] += dlogits.reshape(-1, Vp).T @ lnf.reshape(-1, C)'
+encoder_share = edited(backward, head, "pass")(q, *how, kept)["wte"]
 
 # %% exercise 2, checked
+compare("their sum", encoder_share + logits_share, whole, tol=1e-12)
 reached = [np.flatnonzero(np.abs(x).max(1) > 1e-9) for x in
            (encoder_share, logits_share)]  # fmt: skip
 print("the encoder's share reaches", reached[0])
@@ -626,6 +630,9 @@ for name in ("wte", "headw"):
         lambda: untied["forward"](q, *how, 9)[0], q[name]
     )
     compare(f"d{name}", got[name], want, tol=1e-8)
+verdict("headw", got["headw"].any(), "makes the logits")
+reached = np.flatnonzero(got["wte"].any(1))
+verdict("wte", list(reached) == [0, 1, 2], "hears of the batch's tokens")
 
 # %% [markdown]
 # ## Further reading
