@@ -391,7 +391,7 @@ cfg = GPT2Config(
     max_seq_len=64, vocab_size=331, num_layers=3, num_heads=4, channels=64
 )
 shapes = parameter_shapes(cfg)
-params = {name: np.empty(s, np.float32) for name, s in shapes.items()}
+params = {n: np.full(s, np.nan, np.float32) for n, s in shapes.items()}
 init_params(params, cfg, seed=42)
 for name in ("wte", "wpe", "qkvw", "attprojw", "fcw", "fcprojw"):
     drawn = params[name][: cfg.vocab_size] if name == "wte" else params[name]
