@@ -119,10 +119,11 @@ def footprint(layout):
 
     Derived in chapter 1.16.
     """
-    sizes, before = {}, 0
+    sizes, longest = {}, 0
     for group, (dtype, shapes, *over) in layout.items():
         count = sum(math.prod(shape) for shape in shapes.values())
         size = count * np.dtype(dtype).itemsize
-        sizes[group] = max(0, size - before) if over else size
-        before = size
+        before = longest if over else 0  # of the groups in this place
+        sizes[group] = max(0, size - before)
+        longest = max(before, size)
     return sizes

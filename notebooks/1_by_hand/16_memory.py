@@ -406,12 +406,13 @@ def footprint(layout):
     what it is longer, so that the sum is what the arena takes, up to the
     padding between groups.
     """
-    sizes, before = {}, 0
+    sizes, longest = {}, 0
     for group, (dtype, shapes, *over) in layout.items():
         count = sum(math.prod(shape) for shape in shapes.values())
         size = count * np.dtype(dtype).itemsize
-        sizes[group] = max(0, size - before) if over else size
-        before = size
+        before = longest if over else 0  # of the groups in this place
+        sizes[group] = max(0, size - before)
+        longest = max(before, size)
     return sizes
 
 

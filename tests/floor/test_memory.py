@@ -185,17 +185,18 @@ def test_the_footprint_is_known_beforehand():
 
 
 def test_a_group_over_the_one_before():
-    arena = Arena(
-        {
-            "a": (np.float32, {"x": (40,)}),
-            "b": (np.int32, {"y": (2,), "z": (1,)}, True),
-            "c": (np.float32, {"x": (1,)}),
-            "d": (np.float32, {"x": (50,)}, True),
-            "e": (np.float32, {"x": (1,)}),
-        }
-    )
+    layout = {
+        "a": (np.float32, {"x": (40,)}),
+        "b": (np.int32, {"y": (2,), "z": (1,)}, True),
+        "b2": (np.float32, {"x": (30,)}, True),
+        "c": (np.float32, {"x": (1,)}),
+        "d": (np.float32, {"x": (50,)}, True),
+        "e": (np.float32, {"x": (1,)}),
+    }
+    arena, sizes = Arena(layout), footprint(layout)
+    assert sizes == {"a": 160, "b": 0, "b2": 0, "c": 4, "d": 196, "e": 4}
     offsets = {(g, name): at for g, name, _, _, at, _ in arena.table()}
-    assert offsets["a", "x"] == offsets["b", "y"] == 0
+    assert offsets["a", "x"] == offsets["b", "y"] == offsets["b2", "x"] == 0
     assert offsets["b", "z"] == 8
     assert offsets["c", "x"] == offsets["d", "x"] == 192
     assert offsets["e", "x"] == 448
