@@ -153,11 +153,16 @@ class _Updates(_Passes):
     """What AdamW does with the gradients, and a whole step."""
 
     def _tune(self, rule, decay):
-        """Keep the settings, an AdamW, where _apply reads them."""
+        """Keep the settings, an AdamW, where _apply reads them.
+
+        Returns the names in decay, or None for all, as _apply takes them.
+        """
+        decay = decay if decay is None else tuple(decay)
         for name in decay or ():
             choose("GPT2: a name in decay", name, self.params)
         rows = [rule, rule._replace(weight_decay=0.0)]
         self._settings = self._machine.settings(self.memory, rows)
+        return decay
 
     def _apply(self, decay):
         """AdamW on all parameters: those in decay, or all, decay."""
@@ -293,12 +298,13 @@ class GPT2(_Updates):
         computes.
         """
         self._take(tokens, targets)
-        self._state = "logits"
+        self._state = "new"  # until the logits are whole
         self._again(self._forward)
+        self._state = "logits"
         if targets is None:
             return None
-        self._state = "loss"
         self._again(self._classify)
+        self._state = "loss"
         return self._loss()
 
     def _take(self, tokens, targets):
@@ -336,9 +342,10 @@ class GPT2(_Updates):
             raise RuntimeError(
                 "GPT2.backward: call forward(tokens, targets) first"
             )
-        self._state, self._has_gradients = "backward", True
+        self._state = "backward"
         self._weigh_losses(share)
         self._again(self._backward, add)
+        self._has_gradients = True
 
     @property
     def logits(self):
@@ -392,7 +399,7 @@ class GPT2(_Updates):
         for a name that is no tensor's, RuntimeError before a backward.
         """
         numbers = learning_rate, beta1, beta2, eps, weight_decay, step
-        self._tune(AdamW(*numbers), decay)
+        decay = self._tune(AdamW(*numbers), decay)
         self._check_gradients("update")
         self._apply(decay)
 
@@ -405,12 +412,12 @@ class GPT2(_Updates):
         what they raise.
         With the cuda backend it is one launch: see llmnb.gpu.graph.
         """
-        self._tune(AdamW(**settings), decay)
+        decay = self._tune(AdamW(**settings), decay)
         self._take(tokens, self._checked("targets", targets))
-        decay = decay if decay is None else tuple(decay)
-        self._state, self._has_gradients = "backward", True
+        self._state = "backward"
         whole = partial(self._whole_step, max_norm, decay)
         self._machine.run((max_norm, decay), whole, self.params)
+        self._has_gradients = True
         return self._loss(), self._norm()
 
     def _norm(self):

@@ -188,6 +188,22 @@ def test_decay_reaches_the_tensors_named(decay, backend, precision, tolerance):
         np.testing.assert_allclose(x, factor * before[name], rtol=tolerance)
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_names_of_decay_that_can_be_read_once(whole):
+    ends, names = [], ["wte", "fcw"]
+    for decay in (names, iter(names)):
+        model, pair = GPT2(TINY, 2, 3, "reference"), batch(TINY, 2, 3)
+        how = {"weight_decay": 0.5, "learning_rate": 0.1, "decay": decay}
+        if whole:
+            model.step(*pair, **how)
+        else:
+            model.forward(*pair)
+            model.backward()
+            model.update(**how)
+        ends.append(model.memory.flat("params"))
+    assert (ends[0] == ends[1]).all()
+
+
 def test_decay_of_a_tensor_that_is_none():
     model = GPT2(TINY, 1, 3)
     before = model.memory.flat("params").copy()
@@ -271,6 +287,40 @@ def test_calls_out_of_order(backend):
     assert not np.array(model.memory.flat("v")).any()
     model.update()
     assert np.array(model.memory.flat("v")).any()
+
+
+@pytest.mark.parametrize(
+    ("cut", "refused"),
+    [
+        ("matmul_forward", ["logits", "backward", "update"]),
+        ("crossentropy_softmax_forward", ["backward", "update"]),
+        ("attention_backward", ["logits", "backward", "update"]),
+    ],
+)
+@pytest.mark.parametrize("whole", [True, False])
+def test_what_was_cut_short_is_not_used(cut, refused, whole):
+    """As when Ctrl-C ends a cell: no half of a pass is taken for a whole."""
+    model, (tokens, targets) = GPT2(TINY, 2, 3), batch(TINY, 2, 3)
+    model.forward(tokens, targets)  # an earlier batch, all of it there
+
+    def interrupted(*_, **how):
+        raise KeyboardInterrupt
+
+    model.ops = SimpleNamespace(**vars(cpu) | {cut: interrupted})
+    with pytest.raises(KeyboardInterrupt):
+        if whole:
+            model.step(tokens, targets)
+        else:
+            model.forward(tokens, targets)
+            model.backward()
+    calls = {"backward": model.backward, "update": model.update}
+    for name in refused:
+        with pytest.raises(RuntimeError, match=f"GPT2.{name}: "):
+            calls.get(name, lambda: model.logits)()
+    model.ops = cpu
+    model.forward(tokens, targets)
+    model.backward()
+    model.update()
 
 
 @pytest.mark.parametrize(
