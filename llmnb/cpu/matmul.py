@@ -87,14 +87,12 @@ def _product(out, a, b, start=None, bias=None, work=None, bf16=False):
     """out = start + bias + a @ b for matrices; the first two may be None."""
     made = scratch(work, bf16, out.dtype)
     sizes, zeros = (*out.shape, a.shape[1]), ROWS * COLS
-    (a, *a_steps), (b, *b_steps), (out, line, _) = map(as_flat, (a, b, out))
-    starts, shifts = (zeros, 0, 0), (zeros, 0)
-    if start is not None:
-        start, *steps = as_flat(start.reshape(sizes[:2]))
-        starts = 0, *steps
-    if bias is not None:
-        shifts = 0, 1
-    start, bias = (out if y is None else y for y in (start, bias))
+    (a, *a_steps), (b, *b_steps) = map(as_flat, (a, b))
+    out, line = out.reshape(-1), sizes[1]
+    starts = (zeros, 0, 0) if start is None else (0, line, 1)
+    shifts = (zeros, 0) if bias is None else (0, 1)
+    start = out if start is None else start.reshape(-1)
+    bias = out if bias is None else bias
     where, steps = (0, line, *starts, *shifts), (*a_steps, *b_steps)
     _multiply(out, start, bias, a, b, sizes, where, steps, *made)
 

@@ -62,9 +62,9 @@ rng = np.random.default_rng(5)
 # ## The ladder
 #
 # We climb on the product of GPT-2's largest inner layer, 256 tokens of 768
-# channels to 3072. Every rung is checked and timed on one thread; a product of
-# $N$ by $C$ by $OC$ takes $2 N C \cdot OC$ operations, one multiplication and
-# one addition a term.
+# channels to 3072. Every rung is checked and timed, all but the last on one
+# thread; a product of $N$ by $C$ by $OC$ takes $2 N C \cdot OC$ operations, one
+# multiplication and one addition a term.
 
 # %% the problem of the ladder
 N, C, OC = 256, 768, 3072
@@ -104,11 +104,10 @@ climb("wrong order", wrong_order, runs=1)
 
 # %% [markdown]
 # **The right order.** Innermost over input channels, both factors run along
-# memory and the sum stays in a register. A *vector register* holds several
-# numbers, 8 of float32 on a processor with AVX2, and one instruction, the
-# fused multiply-add or FMA, multiplies 8 pairs and adds them to 8 running
-# sums. LLVM may use it because `fastmath` lets it split one sum into 8 that
-# are added at the end.
+# memory and the sum stays in a register. A vector register of AVX2 holds 8
+# numbers of float32, and one instruction, the *fused multiply-add* or FMA,
+# multiplies 8 pairs and adds them to 8 running sums. LLVM may use it because
+# `fastmath` lets it split one sum into 8 that are added at the end.
 
 
 # %% rung 2, innermost over input channels
@@ -227,8 +226,8 @@ plt.show()
 #
 # With panels the tile can be larger in one direction than a vector: the
 # inner loop takes vectors along the columns, and multiplies them with
-# single numbers from the rows. Here is the inner loop in plain Python, for
-# 6 rows and 16 columns, and the two factors packed whole by NumPy.
+# single numbers from the rows. Here is the inner loop as plain loops, for 6
+# rows and 16 columns, and the two factors packed whole by NumPy.
 
 
 # %% rung 4, the inner loop on panels
@@ -289,10 +288,9 @@ climb("packed", packed, runs=3)
 # for each kind of processor; what it leaves is `multiply_tile`, this loop with
 # a bias and something to start from added on the way out.
 #
-# **Blocks.** The panels must stay in a cache while they are used. A cache is a
-# small memory near a core that keeps what was read last, and there are three
-# levels, each larger and slower than the one before. Figure 2.4.3 places the
-# parts of a product in them.
+# **Blocks.** The panels must stay in a cache while they are used. There are
+# three levels of caches, each larger and slower than the one before. Figure
+# 2.4.3 places the parts of a product in them.
 
 # %% draw the blocks in the caches
 fig, ax = plt.subplots(figsize=(8, 3.4), dpi=100)
@@ -451,14 +449,12 @@ def _product(out, a, b, start=None, bias=None, work=None, bf16=False):
     """out = start + bias + a @ b for matrices; the first two may be None."""
     made = scratch(work, bf16, out.dtype)
     sizes, zeros = (*out.shape, a.shape[1]), ROWS * COLS
-    (a, *a_steps), (b, *b_steps), (out, line, _) = map(as_flat, (a, b, out))
-    starts, shifts = (zeros, 0, 0), (zeros, 0)
-    if start is not None:
-        start, *steps = as_flat(start.reshape(sizes[:2]))
-        starts = 0, *steps
-    if bias is not None:
-        shifts = 0, 1
-    start, bias = (out if y is None else y for y in (start, bias))
+    (a, *a_steps), (b, *b_steps) = map(as_flat, (a, b))
+    out, line = out.reshape(-1), sizes[1]
+    starts = (zeros, 0, 0) if start is None else (0, line, 1)
+    shifts = (zeros, 0) if bias is None else (0, 1)
+    start = out if start is None else start.reshape(-1)
+    bias = out if bias is None else bias
     where, steps = (0, line, *starts, *shifts), (*a_steps, *b_steps)
     _multiply(out, start, bias, a, b, sizes, where, steps, *made)
 
@@ -538,9 +534,9 @@ fig.tight_layout()
 plt.show()
 
 # %% [markdown]
-# *Figure 2.4.4. The order of the loops and the tile bring one factor each.
-# Packing alone loses, because LLVM leaves the sums in memory; vectors by
-# hand then bring numba near a library written in assembly.*
+# *Figure 2.4.4. The right order and the tile each multiply the speed.
+# Packing alone loses, because LLVM leaves the sums in memory; vectors by hand
+# then bring numba to the speed of a library written in assembly, or past it.*
 #
 # ## The layer
 #

@@ -1,4 +1,4 @@
-"""The linear layer: rows keep their bits."""
+"""The linear layer: rows keep their bits, and columns are added to."""
 
 import numpy as np
 import pytest
@@ -22,3 +22,14 @@ def test_a_row_has_its_bits_wherever_it_lies(rows, C, OC, dtype):
         rest = [np.ascontiguousarray(y[:, i:]) for y in (x, residual)]
         cpu.matmul_forward(alone, rest[0], weight, bias, rest[1])
         assert np.array_equal(alone, out[:, i:])
+
+
+def test_a_weight_of_one_column_is_added_to():
+    """A vector seen as a column has a step of 0 to the column after it."""
+    rng = np.random.default_rng(1)
+    x, dout = rng.normal(size=(1, 7, 1)), rng.normal(size=(1, 7, 5))
+    dinp, weight = np.zeros_like(x), np.ones((5, 1))
+    dweight, dbias = np.ones(5)[:, None], np.ones(5)
+    assert dweight.strides[1] == 0
+    cpu.matmul_backward(dinp, dweight, dbias, dout, x, weight)
+    np.testing.assert_allclose(dweight, 1 + dout[0].T @ x[0], rtol=1e-12)
