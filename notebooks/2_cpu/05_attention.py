@@ -27,7 +27,7 @@
 # - compute a softmax over a row that you never hold in memory;
 # - write attention, forward and backward, as products of blocks that stay in a
 #   core's cache;
-# - say who owns which sum, so that no thread waits and every run is the same.
+# - say who owns which sum, so that every run has the same bits.
 
 # %% [markdown]
 # ## Setup
@@ -81,7 +81,7 @@ reference = SimpleNamespace(forward=forward_numpy, backward=backward_numpy)
 # than any score, so the first group replaces it, and $e^{m - m'}$ is then 0. It
 # is not $-\infty$, because $\infty - \infty$ is no number, and because the
 # kernels are compiled under the assumption that no infinity occurs
-# ([appendix A.4](../appendix/04_kernels.ipynb)).
+# ([chapter A.4](../appendix/04_kernels.ipynb)).
 
 
 # %% online softmax
@@ -227,18 +227,18 @@ compare("first version", check, out, tol=1e-12)
 #
 # [Chapter 2.4](04_matmul.ipynb) has the cure, if we can say attention in
 # matrix products. Take 96 rows at once, and the keys in groups of 96. The
-# scores of such a block are a product, $S = Q K^\top$, and so is what
+# scores of such a block are a product, $S = Q K^\top / \sqrt{hs}$, and so is what
 # the group adds to the output, $\Omega \mathrel{+}= E V$ with $E = e^{S -
 # m}$. Between the two stands (2.5.1), for 96 rows. Everything that a block
 # needs, 96 by 96 scores and a few panels, fits in the second-level cache of
 # a core. Blocks right of the diagonal are skipped; in the blocks on the
 # diagonal the masked scores are computed and then set to zero.
 #
-# We use the pieces of [appendix A.3](../appendix/03_panels.ipynb): the routines that pack rows, pack columns
-# and multiply panels, on flat arrays by offset and step. `code` holds their
-# addresses.
-# All scratch lies in the thread's own row of `work`, which the products of
-# the linear layers use too, though not at the same time.
+# We use the pieces of [chapter A.3](../appendix/03_panels.ipynb): the routines
+# that pack rows, pack columns and multiply panels, on flat arrays by offset and
+# step. `code` holds their addresses. All scratch lies in the thread's own row of
+# `work`, which the products of the linear layers use too, though not at the same
+# time.
 
 # %% imports of the kernels tags=["export"] module="cpu.attention"
 import math
@@ -670,8 +670,8 @@ def _backward_head(x, my, b, kv, add):
 
 # %% [markdown]
 # A key block first meets the rows of its own block, and a row block first
-# meets the first key block that it sees. With `add=False` the first meeting writes and the later
-# ones add, so nobody has to clear the gradient before.
+# meets the first key block that it sees. With `add=False` the first meeting
+# writes and the later ones add, so nobody has to clear the gradient before.
 
 
 # %% the backward kernel tags=["exporti"] module="cpu.attention"
