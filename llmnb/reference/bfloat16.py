@@ -8,16 +8,20 @@ __all__ = ["from_bfloat16", "to_bfloat16"]
 # imports of the rounding
 import numpy as np
 
+from llmnb.checks import check_fit
+
 
 # to bfloat16 and back
 def to_bfloat16(x):
     """The 16 bits of the bfloat16 nearest to each number, equation (2.6.1).
 
-    x: float32, of any shape. Returns uint16 of the same shape. A tie goes
-    to the even neighbour, what is too large to infinity; NaN stays NaN.
+    x: float32, of any shape; TypeError for another dtype. Returns uint16 of
+    the same shape. A tie goes to the even neighbour, what is too large to
+    infinity; NaN stays NaN.
 
     Derived in chapter 2.6.
     """
+    check_fit("to_bfloat16: x", x, None, np.float32)
     bits = x.view(np.uint32)
     nearest = (bits + (0x7FFF + (bits >> 16 & 1))) >> 16
     cut = bits >> 16 | 0x40

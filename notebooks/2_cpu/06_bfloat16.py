@@ -28,7 +28,7 @@
 # numbers are shorter. At the end of this chapter you can
 #
 # - say which bits bfloat16 keeps, and round to it by hand;
-# - prove a rounding for all $2^{32}$ floats with 327,680 of them;
+# - prove a rounding for all finite floats by trying 326,400 of them;
 # - say why a model may be used in bfloat16, and may not be trained in it alone;
 # - round the factors of a product on the way, and keep its sums in float32.
 
@@ -79,14 +79,18 @@ rng = np.random.default_rng(16)
 # %% imports of the rounding tags=["export"] module="reference.bfloat16"
 import numpy as np
 
+from llmnb.checks import check_fit
+
 
 # %% to bfloat16 and back tags=["export"] module="reference.bfloat16"
 def to_bfloat16(x):
     """The 16 bits of the bfloat16 nearest to each number, equation (2.6.1).
 
-    x: float32, of any shape. Returns uint16 of the same shape. A tie goes
-    to the even neighbour, what is too large to infinity; NaN stays NaN.
+    x: float32, of any shape; TypeError for another dtype. Returns uint16 of
+    the same shape. A tie goes to the even neighbour, what is too large to
+    infinity; NaN stays NaN.
     """
+    check_fit("to_bfloat16: x", x, None, np.float32)
     bits = x.view(np.uint32)
     nearest = (bits + (0x7FFF + (bits >> 16 & 1))) >> 16
     cut = bits >> 16 | 0x40
@@ -132,11 +136,11 @@ print([f"{h:04x}" for h in halves])
 #
 # To try (2.6.1) on all $2^{32}$ floats would take a while, and we need not.
 # Take the $2^{16}$ floats that share an upper half: a bfloat16 number and what
-# lies between it and the next. Among them $b_{16}$ is constant, so (2.6.1) can
+# lies between it and the next. Let all of them be finite. Among them $b_{16}$ is constant, so (2.6.1) can
 # only grow with $u$. If it is right for the first of them and for the last
 # before the middle, it is right for all between those two; likewise from the
 # first after the middle to the last of all. With the middle that makes five
-# floats for each of 65,536 upper halves. (The sign is a bit like the others
+# floats for each of 65,280 upper halves, 326,400 in all. (The sign is a bit like the others
 # here: a negative number is rounded as its absolute value.)
 
 

@@ -4,6 +4,7 @@ Chapter 2.6 looks at every number of 16 bits, and at a million of 32.
 """
 
 import numpy as np
+import pytest
 
 from llmnb.reference.bfloat16 import from_bfloat16, to_bfloat16
 
@@ -19,3 +20,9 @@ def test_nan_never_becomes_a_number():
     back = from_bfloat16(to_bfloat16(odd.view(np.float32)))
     assert np.isnan(back).all()
     assert np.signbit(back).tolist() == [False, True, False, True]
+
+
+@pytest.mark.parametrize("x", (np.ones(1), np.ones((1, 1), np.int32), 1.5))
+def test_only_float32_is_rounded(x):
+    with pytest.raises(TypeError, match="x must be float32, got"):
+        to_bfloat16(x)
