@@ -335,7 +335,8 @@ print(
 #
 # - A backend is a room of layers and a few answers; the model does not know
 #   which one it runs on.
-# - Both programs are off by the rounding of float32, and by no more.
+# - Our gradients and PyTorch's are off by the rounding of float32, and by no
+#   more.
 #
 # ## What llmnb gained
 
