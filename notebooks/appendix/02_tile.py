@@ -49,9 +49,8 @@ rng = np.random.default_rng(5)
 # %% [markdown]
 # ## The shape of a tile
 #
-# A vector register holds several numbers, and one instruction, the fused
-# multiply-add or FMA, multiplies as many pairs and adds them to as many sums.
-# Processors differ in what they have:
+# Processors differ in how many vector registers they have, and in how many
+# numbers each of them holds:
 #
 # | name | found in | registers | float32 in each | our tile |
 # |---|---|---|---|---|
@@ -745,8 +744,7 @@ def fma_peak():
 # 3 by 4 with 16 registers: 12 + 3 + 1 = 16, and 12/7 FMAs a load. With 32
 # registers it is 5 by 5: 25 + 5 + 1 = 31, and 2.5 FMAs a load. Ours, 2
 # vectors by 6 rows, makes 12/8. Once the loads are no longer what one waits
-# for, more FMAs a load buy nothing. And 64, the width of a head of GPT-2, is a
-# multiple of 16 columns but not of 24.
+# for, more FMAs a load buy nothing.
 # :::
 
 
