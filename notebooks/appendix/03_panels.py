@@ -358,7 +358,7 @@ def all_tiles(x, at, a, b, sizes, ahead, asked):
 #
 # A kernel that calls a compiled function takes a copy of its code and
 # optimises it again. With packing and tiles in every product and, in
-# [chapter 2.5](../2_cpu/05_attention.ipynb), ten times in attention, the first
+# [chapter 2.5](../2_cpu/05_attention.ipynb), many times in attention, the first
 # step of a training run would wait half a minute for the compiler. So these
 # three functions are compiled once for each type of number, into routines with
 # an address, as a C compiler would. Kernels get the addresses as arguments and
@@ -465,9 +465,8 @@ def multiply_panels(code, x, at, pair, sizes, ahead):
 # %% [markdown]
 # ## Three sizes of block, three caches
 #
-# The panels must stay in a cache while they are used. A *cache* is a small
-# memory near a core that keeps what was read last: the first level, some 32 or
-# 48 KB, is the nearest; the second holds half a megabyte or more; the third,
+# The panels must stay in a cache while they are used. The first level, nearest
+# to a core, has some 32 or 48 KB; the second half a megabyte or more; the third,
 # shared by the cores, some tens of megabytes. Figure 2.4.3 shows how the blocks
 # fit.
 #
@@ -616,22 +615,22 @@ verdict("the rest", (out[-1] == 7).all() and (out[:, -1] == 7).all(), "stays")
 #
 # :::{admonition} Solution to exercise 1
 # :class: dropdown
-# 48 columns of float32 are 192 bytes a step, so 384 steps are 72 KB, more than
-# the first level of the processors that have AVX-512, which then take it from
-# the second: three vectors a step, in the time of 24 FMAs, come from there as
-# fast as they are needed. 160 steps would fit; a tile would also end its sums,
-# and begin them anew, more than twice as often.
+# 48 columns of float32 are 192 bytes a step, and a line of 8 rows has 32: 170
+# steps fit. 384 steps are 72 KB, more than the first level of the processors
+# that have AVX-512, which then take the panel from the second: three vectors a
+# step, in the time of 24 FMAs, come from there as fast as they are needed. With
+# 170 steps a tile would end its sums, and begin them anew, more than twice as
+# often.
 # :::
 
-
-# %% exercise 1, the bytes tags=["hide-cell"]
-def panel_bytes(cols, steps, itemsize=4):
-    return cols * steps * itemsize
-
+# %% exercise 1 tags=["hide-cell"]
+steps, asked = 170, 72 << 10
 
 # %% exercise 1, checked
-verdict("384 steps", panel_bytes(48, 384) == 72 << 10, "72 KB")
-verdict("160 steps", panel_bytes(48, 160) == 30 << 10, "30 KB")
+step, line = 4 * 48, 4 * 8  # bytes
+over = line + step * np.array([steps, steps + 1]) > 32 << 10
+verdict("the longest", over.tolist() == [False, True], f"has {steps} steps")
+verdict("384 steps", asked == 384 * step, f"ask for {asked >> 10} KB")
 
 # %% [markdown]
 # ## What llmnb gained
