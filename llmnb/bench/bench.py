@@ -242,6 +242,7 @@ def bench_writers(cfg, prompt=64, count=64, settings=None):
             f"1 and 2, together at most {cfg.max_seq_len}"
         )
     settings = (settings or Settings())._replace(turn=0)
+    lineup(settings)  # so that a mistake is found before anything is built
     result = facts_of(settings)
     spec = {"vocab_size": cfg.vocab_size, "prompt": prompt, "count": count}
     with tempfile.TemporaryDirectory() as folder:

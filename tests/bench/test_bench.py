@@ -966,6 +966,13 @@ def test_writers_where_there_are_no_transformers(tmp_path):
         module.bench_writers(CFG, 5, 6, how)
 
 
+@pytest.mark.parametrize("name", ["steps", "threads"])
+def test_writers_of_nothing(name, monkeypatch):
+    monkeypatch.delattr(module, "race")  # nobody is started
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+        module.bench_writers(CFG, 5, 6, Settings()._replace(**{name: 0}))
+
+
 @pytest.mark.parametrize("sizes", [(0, 4), (4, 1), (10, 7)])
 def test_writers_that_do_not_fit(sizes):
     with pytest.raises(ValueError, match="together at most 16"):
