@@ -502,6 +502,8 @@ y0 = tanh_gelu(x0, CUBIC)
 print(f"x = {x0:.6f}, y = {y0:.6f}")
 verdict("lowest", y0 <= tanh_gelu(np.linspace(-8, 8, 9999), CUBIC).min(),
         "below a grid of points")  # fmt: skip
+left, right = both(x0 + np.array([-5e-7, 5e-7]))[1]
+verdict("six digits", left < 0 < right, "its slope changes sign")
 
 # %% [markdown]
 # **2** (★★). Derive the gradient of the exact form (1.9.1) and check it. The

@@ -156,15 +156,15 @@ letters = np.frombuffer(text.encode("ascii", "ignore"), np.uint8)
 def step(batch, tables, halves, residual, norm):
     """The loss of some pairs of letters, before one step at rate 0.3."""
     first, second, each = letters[batch], letters[batch + 1], range(len(batch))
-    wte, head = tables
+    wte, w = tables
     stream, kept = chain_forward(wte[first][None], halves, residual, norm)
-    e = np.exp(stream[-1] @ head.T)
+    e = np.exp(stream[-1] @ w.T)
     dlogits = e / e.sum(axis=-1, keepdims=True)
     loss = -np.log(dlogits[0, each, second]).mean()
     dlogits[0, each, second] -= 1  # (1.1.6)
     dlogits /= len(batch)
-    ends, gradients = chain_backward(dlogits @ head, halves, kept, residual)
-    head -= 0.3 * dlogits[0].T @ stream[-1][0]
+    ends, gradients = chain_backward(dlogits @ w, halves, kept, residual)
+    w -= 0.3 * dlogits[0].T @ stream[-1][0]
     np.add.at(wte, first, -0.3 * ends[0][0])
     for half, gradient in zip(halves, gradients, strict=True):
         for weight, dweight in zip(half, gradient, strict=True):
@@ -230,8 +230,6 @@ plt.show()
 # steps). A plain chain does not learn. With LayerNorm it learns at most how
 # frequent the letters are: it has come to make nearly the same vector of every
 # letter. With the addition it learns what follows what.*
-#
-# The three begin with the same matrices; what differs is how they *train*.
 #
 # ## By hand
 #
@@ -618,9 +616,14 @@ for (depth, scaled), (variances, gradient) in streams.items():
 # :::
 
 # %% exercise 1, checked tags=["hide-cell"]
-d, dx, df = g, np.zeros_like(g), np.zeros_like(g)
-residual_backward(dx, df, d)
-compare("x + x", dx + df, 2 * d, tol=1e-12)
+at, (dx, df) = np.zeros_like(g), np.zeros((2, *g.shape))
+want = numerical_gradient(lambda: (g * (at + at)).sum(), at)
+residual_backward(dx, df, g)
+dx += df  # the backward pass of f(x) = x
+compare("2 dy", 2 * g, want, tol=1e-8)
+compare("added", dx, want, tol=1e-8)
+dx[...] = df  # and one that writes
+compare("written: dy", dx, want / 2, tol=1e-8)
 
 # %% [markdown]
 # **2** (★★). Let the slopes $J_l$ of a one-channel chain be independent,
