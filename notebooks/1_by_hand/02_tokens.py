@@ -605,7 +605,8 @@ print("|".join(tokens[i].decode() for i in ids))
 # encoding for any text; and for any bytes at all, whether they are UTF-8 or
 # not. The texts are drawn at random from letters, blanks, digits, accents,
 # Chinese characters, emoji, and the words of the passage; the bytes are those
-# of tokens drawn at random.
+# of tokens drawn at random. (At characters that Unicode has added of late the
+# two may cut differently: each has its own table of letters, of its own year.)
 
 # %% encode, decode
 PIECES = [*"aehnorst  .,'\n\t0123éñß中文字🙂🚢€"]

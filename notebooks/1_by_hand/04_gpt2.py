@@ -48,7 +48,7 @@ from llmnb.book.verify import compare, verdict
 # %% [markdown]
 # ## The model
 #
-# The chapters that follow open with this picture and light the part that they
+# Most chapters of Part 1 open with this picture and light the part that they
 # build. $(B, T, C)$ means $B$ rows of $T$ vectors of $C$ numbers.
 
 # %% the whole of GPT-2 tags=["hide-input"]
