@@ -68,23 +68,18 @@ def _open(shard, seq_len):
     return np.asarray(shard)
 
 
-def _length(shard):
-    """How many tokens a shard has, checked."""
+def _count_windows(shard, batch_size, seq_len):
+    """The windows of (1.3.2), or an error when there is not one batch."""
     if _is_path(shard):
         from llmnb.formats.shard import shard_length
 
-        return shard_length(shard)
-    return _check_array(shard)
-
-
-def _count_windows(shard, batch_size, seq_len):
-    """The windows of (1.3.2), or an error when there is not one batch."""
-    count = _length(shard)
+        count, name = shard_length(shard), shard
+    else:
+        count, name = _check_array(shard), "an array"
     if count < batch_size * seq_len + 1:
         raise ValueError(
-            f"DataLoader: {shard if _is_path(shard) else 'an array'} has "
-            f"{count} tokens, one batch of {batch_size} x {seq_len} needs "
-            f"{batch_size * seq_len + 1}"
+            f"DataLoader: {name} has {count} tokens, one batch of "
+            f"{batch_size} x {seq_len} needs {batch_size * seq_len + 1}"
         )
     return (count - 1) // seq_len
 

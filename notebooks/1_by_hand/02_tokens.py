@@ -156,7 +156,8 @@ print(regex.findall(WORDS, "It's   42 trees,\n\n  naïve ones"))
 def _count_words(text):
     """How often each word stands in a text or an iterable of texts."""
     counts = Counter()
-    for document in [text] if isinstance(text, str) else text:
+    whole = isinstance(text, (str, bytes))  # bytes are refused, not their ints
+    for document in [text] if whole else text:
         if not isinstance(document, str):
             kind = type(document).__name__
             raise TypeError(f"train: text must be str, got {kind}")

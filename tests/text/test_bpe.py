@@ -131,9 +131,12 @@ def test_text_too_small_for_the_vocabulary(text):
         bpe.train(text, most + 1)
 
 
-@pytest.mark.parametrize("text", [[b"raw"], [1], ["good", None]])
-def test_text_of_another_type(text):
-    with pytest.raises(TypeError, match="text must be str, got"):
+@pytest.mark.parametrize("text, kind", [
+    (b"raw", "bytes"), ([b"raw"], "bytes"), ([1], "int"),
+    (["good", None], "NoneType"),
+])  # fmt: skip
+def test_text_of_another_type(text, kind):
+    with pytest.raises(TypeError, match=f"text must be str, got {kind}"):
         bpe.train(text, 257)
 
 
