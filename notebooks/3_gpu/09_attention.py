@@ -63,9 +63,10 @@ def problem(B, T, NH, hs, NKV=None):
 # Attention gives a GPU plenty to do at once: $B \cdot NH$ heads that never
 # meet, and in each of them $T$ rows that need nothing of one another. On a CPU
 # arithmetic was the limit, because blocks stay in a cache. Here a block of
-# threads may have 48 KB of *shared memory* ([chapter 3.1](01_threads.ipynb)),
-# and what does not fit there travels through global memory. These kernels have
-# been simulated and compiled, and not run on a GPU.
+# threads has 48 KB of *shared memory* unless it asks for more, as ours do not
+# ([chapter 3.1](01_threads.ipynb)), and what does not fit there travels through
+# global memory. These kernels have been simulated and compiled, and not run on
+# a GPU.
 
 # %% imports of the GPU's kernels tags=["export"] module="cuda.attention"
 import functools
@@ -208,7 +209,7 @@ moving("threads", "eight threads, step by step", walks=[steps])
 # share a warp, so that its maximum takes three exchanges and no barrier of the
 # block.*
 #
-# The plan of shared memory, of which a block may have 48 KB, at $hs = 64$:
+# The plan of the 48 KB of shared memory at $hs = 64$:
 #
 # | tile | rows | floats a row | bytes |
 # |---|---|---|---|
