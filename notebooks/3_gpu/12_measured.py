@@ -12,8 +12,8 @@
 # %% [markdown]
 # # Measured: time on a GPU
 #
-# > Three traps that make a GPU look faster than it is, a clock that steps round
-# > them, and what has been measured so far.
+# > Three traps in timing a GPU, a clock that steps round them, and what has been
+# > measured so far.
 #
 # *Reading time: 12 minutes. You need: [chapter 3.11](11_step.ipynb).*
 
@@ -24,7 +24,7 @@
 # the prediction holds. At the end of this chapter you can
 #
 # - time a kernel on a GPU with events, a busy queue and a cold cache;
-# - measure the two limits of a GPU, and say what they are shares of;
+# - measure the two limits of a GPU, bytes and operations a second;
 # - find what has been measured, and what has not, on the
 #   [results page](../../book/results.md).
 
@@ -50,7 +50,7 @@ import numpy as np
 # differ by what the kernel took.
 #
 # **The host may be late.** If the GPU reaches the first event before the
-# host has launched the kernel, the difference counts the GPU's waiting. So
+# host has launched the kernel, the difference counts the GPU's waiting, too. So
 # we give it something to do first, longer than the host needs to launch.
 #
 # **Memory remembers.** The second launch on the same arrays finds them in
@@ -59,8 +59,8 @@ import numpy as np
 # busy therefore reads a block larger than the L2, and what is timed begins
 # with a **cold L2**.
 #
-# What a GPU is to do while it waits is a kernel that reads a block of
-# memory and keeps one sum a thread; another copies, and a third does
+# That work is a kernel that reads a block of memory and keeps one sum a thread;
+# a second copies, and a third does
 # nothing but multiply and add, in as many chains as the additions need to
 # overlap. The last two measure the machine's limits: bytes a second and
 # operations a second.
@@ -274,7 +274,8 @@ def gpu_facts():
 # ## Take away
 #
 # - A GPU's time is read from events in its own queue, after something that
-#   keeps it busy and empties its cache; a version that is wrong gets no time.
+#   keeps it busy and fills its cache with other memory.
+# - What measures is a kernel too, and is proved before it is timed.
 
 # %% [markdown]
 # ## What llmnb gained
