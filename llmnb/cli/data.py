@@ -9,7 +9,7 @@ __all__ = ["OPTIONS", "ShardOptions", "run"]
 from dataclasses import dataclass, fields
 from itertools import chain
 
-from llmnb.cli.options import GroupOptions, fields_of, say
+from llmnb.cli.options import GroupOptions, fields_of, say, typed
 from llmnb.cli.train import check_apart
 from llmnb.files import unmade
 from llmnb.text import shards
@@ -96,7 +96,7 @@ def _run(args, group):
     say("corpus", size + words)
     for name, count in done.shards:
         say(name, f"{count:,} tokens in {folder / name}")
-    say("go on", f"llmnb train --shards {folder}")
+    say("go on", f"llmnb train --shards {typed(folder)}")
 
 
 # follow the work

@@ -4,18 +4,19 @@
 
 __all__ = [
     "GroupOptions", "Parser", "ThreadOptions", "add_options", "check_backend",
-    "fields_of", "one_line", "remark", "say", "set_threads", "shape_config",
-    "some_of", "tell_compiling", "warn", "with_defaults",
+    "fields_of", "one_line", "remark", "say", "set_threads", "some_of",
+    "tell_compiling", "typed", "warn", "with_defaults",
 ]
 
 
 # imports of the options
 import argparse
+import shlex
 import sys
 from dataclasses import dataclass, fields
 from itertools import chain
 
-from llmnb.train.options import ModelOptions, TrainConfig, option
+from llmnb.train.options import option
 
 
 # tables of options
@@ -163,16 +164,6 @@ def tell_compiling(backend):
     remark(f"llmnb: compiling kernels takes up to half a minute, {often}")
 
 
-# the model of some options
-def shape_config(args):
-    """The TrainConfig that the options of a model's shape make.
-
-    Derived in chapter 4.23.
-    """
-    shape = fields_of(vars(args), ModelOptions) | {"precision": "fp32"}
-    return TrainConfig(**shape, vocab_size=args.vocab_size)
-
-
 # lines of a report
 def say(label, text):
     """Print a line of a report.
@@ -188,6 +179,14 @@ def remark(*lines):
     Derived in chapter 4.23.
     """
     print(*lines, sep="\n", file=sys.stderr, flush=True)
+
+
+def typed(path):
+    """A Path as one word of a shell's line, whatever is in its name.
+
+    Derived in chapter 4.23.
+    """
+    return shlex.quote(path.as_posix())
 
 
 # errors in one line

@@ -15,7 +15,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from llmnb.cli.options import GroupOptions, ThreadOptions, check_backend
-from llmnb.cli.options import fields_of, say, set_threads, tell_compiling, warn
+from llmnb.cli.options import fields_of, say, set_threads, tell_compiling
+from llmnb.cli.options import typed, warn
 from llmnb.files import own_folder, unmade, write_whole
 from llmnb.model.generate import decoded, generate
 from llmnb.text.tokenizer import text_start
@@ -167,7 +168,7 @@ def _run(args, group):
     say("took", f"{time.perf_counter() - start:.0f} s")
     if stop.signal:
         say("stopped", f"at step {this.at.step:,}, and saved")
-        say("go on", f"llmnb train --resume {this.folder}")
+        say("go on", f"llmnb train --resume {typed(this.folder)}")
         return 128 + stop.signal
     _report(this, steps)
     return 0
@@ -320,7 +321,7 @@ def _report(run, steps):
     print(f"\n{text}\n")
     names = " ".join(sorted(x.name for x in folder.iterdir()))
     say("wrote", f"{folder}: {names}")
-    say("go on", f'llmnb generate {folder} --prompt "def "')
+    say("go on", f'llmnb generate {typed(folder)} --prompt "def "')
 
 
 def _keep_sample(run):

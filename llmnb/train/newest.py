@@ -66,8 +66,9 @@ def newest_run(*files):
     """
     ordered, found = _ordered(), {}
     for path in chain(*(RUNS.glob(f"*/{name}") for name in files or _MODELS)):
-        name, when = path.parent.name, path.stat().st_mtime
-        found[name] = max(when, found.get(name, when))
+        with suppress(FileNotFoundError):  # a state that has just gone
+            name, when = path.parent.name, path.stat().st_mtime
+            found[name] = max(when, found.get(name, when))
     if not found:
         raise FileNotFoundError(
             f"there is no run in {RUNS}/ here: name a folder, or train one "

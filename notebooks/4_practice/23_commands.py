@@ -12,6 +12,7 @@
 #       cli.fetch: "`llmnb fetch`: download a published model."
 #       cli.verify: "`llmnb verify`: run llm.c's acceptance test."
 #       cli.info: "`llmnb info`: versions, threads, and the size of a model."
+#       cli.cell: "A command run from a notebook's cell, and a run that takes seconds."
 # ---
 
 # %% [markdown]
@@ -48,7 +49,6 @@
 # ## Setup
 
 # %% setup
-
 from llmnb.book.verify import verdict
 
 # %% [markdown]
@@ -67,11 +67,12 @@ from llmnb.book.verify import verdict
 
 # %% imports of the options tags=["export"] module="cli.options"
 import argparse
+import shlex
 import sys
 from dataclasses import dataclass, fields
 from itertools import chain
 
-from llmnb.train.options import ModelOptions, TrainConfig, option
+from llmnb.train.options import option
 
 
 # %% tables of options tags=["export"] module="cli.options"
@@ -209,13 +210,6 @@ def tell_compiling(backend):
     remark(f"llmnb: compiling kernels takes up to half a minute, {often}")
 
 
-# %% the model of some options tags=["export"] module="cli.options"
-def shape_config(args):
-    """The TrainConfig that the options of a model's shape make."""
-    shape = fields_of(vars(args), ModelOptions) | {"precision": "fp32"}
-    return TrainConfig(**shape, vocab_size=args.vocab_size)
-
-
 # %% [markdown]
 # ## One line
 #
@@ -233,6 +227,11 @@ def say(label, text):
 def remark(*lines):
     """Print lines beside the report, on standard error."""
     print(*lines, sep="\n", file=sys.stderr, flush=True)
+
+
+def typed(path):
+    """A Path as one word of a shell's line, whatever is in its name."""
+    return shlex.quote(path.as_posix())
 
 
 # %% errors in one line tags=["export"] module="cli.options"
@@ -493,22 +492,25 @@ def run(args):
 
 # %% [markdown]
 # `llmnb info` says what a model would take before there is one: the counts
-# of [chapter 1.4](../1_by_hand/04_gpt2.ipynb) and the layout of
-# [chapter 1.16](../1_by_hand/16_memory.ipynb).
+# of [chapter 1.4](../1_by_hand/04_gpt2.ipynb), the layout of
+# [chapter 1.16](../1_by_hand/16_memory.ipynb), and what the backend wants
+# besides.
 
 # %% llmnb info tags=["export"] module="cli.info"
+import warnings
 from dataclasses import fields
 from importlib.metadata import version
 
 import numba
 
-from llmnb.cli.options import say, shape_config, some_of
-from llmnb.model.tensors import flops_per_token, parameter_count
-from llmnb.cuda.model import gpu
 from llmnb.arena import footprint
+from llmnb.backend import BACKENDS, PRECISIONS, backend_named, choose
+from llmnb.cli.options import fields_of, say, some_of
+from llmnb.cuda.model import gpu
 from llmnb.model.layout import gpt2_layout
+from llmnb.model.tensors import flops_per_token, parameter_count
 from llmnb.timing import machine
-from llmnb.train.options import DataOptions, ModelOptions
+from llmnb.train.options import DataOptions, ModelOptions, TrainConfig
 
 OPTIONS = {"": some_of(DataOptions, "vocab_size") + fields(ModelOptions)}
 
@@ -518,44 +520,65 @@ def run(args):
 
     That is parameters, bytes, and operations a token.
     """
-    config = shape_config(args)
+    shape = fields_of(vars(args), ModelOptions)
+    config = TrainConfig(**shape, vocab_size=args.vocab_size)
     cfg = config.model(config.vocab_size)
+    sizes = footprint(_layout(config, cfg))
     names = "llmnb", "numpy", "numba", "tiktoken"
     say("versions", ", ".join(f"{x} {version(x)}" for x in names))
     say("machine", machine())
     say("threads", numba.get_num_threads())
     say("gpu", gpu())
     say("parameters", f"{parameter_count(cfg):,}")
-    sizes = footprint(gpt2_layout(cfg, config.batch_size, config.seq_len))
     shown = ", ".join(f"{k} {v / 1e6:.1f}" for k, v in sizes.items())
     say("memory", f"{sum(sizes.values()) / 1e6:.1f} MB ({shown})")
     flops = flops_per_token(cfg, config.seq_len)
     say("work", f"{flops / 1e6:.1f} MFLOP to train on a token")
 
 
-# %% [markdown]
-# Now from a notebook cell as from a terminal:
+def _layout(config, cfg):
+    """The memory in which a model trains, with its backend's own."""
+    choose("backend", config.backend, BACKENDS)
+    choose("precision", config.precision, PRECISIONS)
+    shape = cfg, config.batch_size, config.seq_len
+    with warnings.catch_warnings(action="ignore"):  # of what is not here
+        backend = backend_named(config.backend, config.precision)
+    return gpt2_layout(*shape, backend.dtype) | backend.groups(*shape)
 
-# %% run a command
+
+# %% [markdown]
+# ## From a cell
+#
+# A notebook runs a command as a terminal does, and keeps what it prints. The
+# next two chapters do so too, with a run that takes seconds.
+
+# %% imports of the cell tags=["export"] module="cli.cell"
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 
-from llmnb.cli.__main__ import main as llmnb
+from llmnb.cli.__main__ import main
 
 
-def run(*args):
-    """What a command prints, and its exit code."""
+# %% run a command tags=["export"] module="cli.cell"
+def run_command(*args):
+    """What a command prints, on standard error too, and its exit code."""
     out, err, code = StringIO(), StringIO(), 0
     with redirect_stdout(out), redirect_stderr(err):
         try:
-            llmnb([str(x) for x in args])
+            main([str(x) for x in args])
         except SystemExit as stop:
             code = stop.code
     return out.getvalue(), err.getvalue(), code
 
 
+TINY = (  # options of a run
+    "--tokenizer byte --limit 100000 --num-layers 1 --channels 32 "
+    "--num-heads 2 --seq-len 32 --batch-size 4 --steps 30"
+)
+
+
 # %% what a small model takes
-text, _, code = run("info", "--num-layers", 2, "--channels", 64)
+text, _, code = run_command("info", "--num-layers", 2, "--channels", 64)
 print(*[line for line in text.splitlines() if line.startswith(("par", "wor"))],
       sep="\n")  # fmt: skip
 
@@ -570,7 +593,7 @@ for args in (
     ["bench", "--num-layers", "many"],
     ["bench", "--against", "nobody"],
 ):
-    _, message, code = run(*args)
+    _, message, code = run_command(*args)
     print(code, message, end="")
 
 # %% [markdown]
@@ -594,20 +617,79 @@ for args in (
 # ## Exercises
 #
 # **1** (★). Which exit code does a shell see after a wrong option, after a
-# missing file, and after Ctrl-C? Two of the places are in this chapter, the
-# third is in `main` too, unless a run of `llmnb train` has to be saved first.
+# missing file, and after Ctrl-C?
 #
 # :::{admonition} Solution to exercise 1
 # :class: dropdown
 # 2 from `Parser.error`, 1 from the last line of `main`, and 130, which is
-# 128 plus the number of the signal: from the `KeyboardInterrupt` in `main`, or,
-# after it has saved, from `run` in `llmnb/cli/train.py`
+# 128 plus the number of the signal, from the `KeyboardInterrupt` in `main`. A
+# run of `llmnb train` is saved first, and ends with 130 from its own file
 # ([chapter 4.24](24_train.ipynb)).
 # :::
 
 # %% exercise 1, checked tags=["hide-cell"]
-codes = [run("info", "--layers", "x")[2], run("generate", "nothing")[2]]
-verdict("exit codes", codes == [2, 1], "a wrong option, a missing file")
+from llmnb.cli import info
+
+
+def interrupted(args):
+    """Ends as if by Ctrl-C."""
+    raise KeyboardInterrupt
+
+
+kept, info.run = info.run, interrupted
+lines = ["info", "--layers", "x"], ["generate", "nothing"], ["info"]
+codes = [run_command(*line)[2] for line in lines]
+info.run = kept
+verdict("exercise 1", codes == [2, 1, 130], "2, 1 and 130")
+
+# %% [markdown]
+# **2** (★★). Write a command, `llmnb count FILE`, that prints how many characters
+# a text has, or with `--bytes` how many bytes. A file that is missing, or is no
+# UTF-8, should get its one line.
+#
+# :::{admonition} Solution to exercise 2
+# :class: dropdown
+# A table of options, a function, and a line in `COMMANDS`. The errors need
+# nothing: `OSError` and `UnicodeDecodeError`, which is a `ValueError`, are among
+# `USER_ERRORS`. The cell puts the module where `import` looks first, in place
+# of a file `llmnb/cli/count.py`.
+# :::
+
+# %% exercise 2, checked tags=["hide-cell"]
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
+
+from llmnb.cli import __main__ as command
+
+
+@dataclass
+class CountOptions:
+    """What `llmnb count` is told."""
+
+    file: str = option(None, "a text", positional=True, metavar="FILE")
+    bytes: bool = option(False, "count bytes, not characters")
+
+
+def count(args):
+    """Print how long a text is."""
+    raw = Path(args.file).read_bytes()
+    say("length", len(raw) if args.bytes else len(raw.decode("utf-8")))
+
+
+sys.modules["llmnb.cli.count"] = SimpleNamespace(
+    OPTIONS={"": fields(CountOptions)}, run=count
+)
+command.COMMANDS["count"] = "print how long a text is"
+with TemporaryDirectory() as place:
+    text, other = Path(place, "a.txt"), Path(place, "b.txt")
+    text.write_text("naïve", "utf-8")
+    other.write_bytes(b"na\xefve")
+    said = [run_command("count", text, *x)[0] for x in ([], ["--bytes"])]
+    bad = [run_command("count", x) for x in (other, Path(place, "c.txt"))]
+verdict("exercise 2", [x.split()[1] for x in said] == ["5", "6"], "counts")
+verdict("exercise 2", [(code, err.count("\n")) for _, err, code in bad]
+        == [(1, 1)] * 2, "one line each")  # fmt: skip
 
 # %% [markdown]
 # ## What llmnb gained

@@ -105,8 +105,9 @@ def newest_run(*files):
     """The run in runs/ that was worked on last."""
     ordered, found = _ordered(), {}
     for path in chain(*(RUNS.glob(f"*/{name}") for name in files or _MODELS)):
-        name, when = path.parent.name, path.stat().st_mtime
-        found[name] = max(when, found.get(name, when))
+        with suppress(FileNotFoundError):  # a state that has just gone
+            name, when = path.parent.name, path.stat().st_mtime
+            found[name] = max(when, found.get(name, when))
     if not found:
         raise FileNotFoundError(
             f"there is no run in {RUNS}/ here: name a folder, or train one "
@@ -144,7 +145,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from llmnb.cli.options import GroupOptions, ThreadOptions, check_backend
-from llmnb.cli.options import fields_of, say, set_threads, tell_compiling, warn
+from llmnb.cli.options import fields_of, say, set_threads, tell_compiling
+from llmnb.cli.options import typed, warn
 from llmnb.files import own_folder, unmade, write_whole
 from llmnb.model.generate import decoded, generate
 from llmnb.text.tokenizer import text_start
@@ -293,7 +295,7 @@ def _run(args, group):
     say("took", f"{time.perf_counter() - start:.0f} s")
     if stop.signal:
         say("stopped", f"at step {this.at.step:,}, and saved")
-        say("go on", f"llmnb train --resume {this.folder}")
+        say("go on", f"llmnb train --resume {typed(this.folder)}")
         return 128 + stop.signal
     _report(this, steps)
     return 0
@@ -462,7 +464,7 @@ def _report(run, steps):
     print(f"\n{text}\n")
     names = " ".join(sorted(x.name for x in folder.iterdir()))
     say("wrote", f"{folder}: {names}")
-    say("go on", f'llmnb generate {folder} --prompt "def "')
+    say("go on", f'llmnb generate {typed(folder)} --prompt "def "')
 
 
 def _keep_sample(run):
@@ -477,40 +479,20 @@ def _keep_sample(run):
 # %% [markdown]
 # ## Try it
 #
-# A small run from a notebook cell, as from a terminal, then the same run ten
-# steps further:
+# A small run from a notebook cell, then the same run ten steps further, and a
+# second run that is told the same folder:
 
 # %% a run folder, written and used
-from contextlib import redirect_stderr, redirect_stdout
-from io import StringIO
+from llmnb.cli.cell import TINY, run_command
 
-from llmnb.cli.__main__ import main as llmnb
-
-TINY = (
-    "--tokenizer byte --limit 100000 --num-layers 1 --channels 32 "
-    "--num-heads 2 --seq-len 32 --batch-size 4 --steps 30"
-)
-
-
-def run(*args):
-    """What a command prints, and its exit code."""
-    out, code = StringIO(), 0
-    with redirect_stdout(out), redirect_stderr(StringIO()):
-        try:
-            llmnb([str(x) for x in args])
-        except SystemExit as stop:
-            code = stop.code
-    return out.getvalue(), code
-
-
-with TemporaryDirectory() as place:
-    folder = Path(place, "run")
-    _, code = run("train", "--out", folder, *TINY.split())
-    print(code, *sorted(x.name for x in folder.iterdir()))
-    text, code = run("train", "--resume", folder, "--steps", 40)
-    verdict("resume", code == 0 and "step 30 of 40" in text, "goes on")
-    _, code = run("train", "--out", folder, *TINY.split())
-    verdict("train", code == 1, "keeps a folder in use")
+place = TemporaryDirectory()
+folder = Path(place.name, "run")
+_, _, code = run_command("train", "--out", folder, *TINY.split())
+print(code, *sorted(x.name for x in folder.iterdir()))
+text, _, code = run_command("train", "--resume", folder, "--steps", 40)
+verdict("resume", code == 0 and "step 30 of 40" in text, "goes on")
+_, _, code = run_command("train", "--out", folder, *TINY.split())
+verdict("train", code == 1, "keeps a folder in use")
 
 # %% [markdown]
 # ## Take away
@@ -523,20 +505,79 @@ with TemporaryDirectory() as place:
 #
 # ## Exercises
 #
-# **1** (★★). Why does `SIGHUP` not stop a run at once when it comes twice,
-# where Ctrl-C does?
+# **1** (★★). In the third step of a run Ctrl-C is pressed twice; in that of another
+# the terminal is closed, which sends `SIGHUP` twice. What has each run saved when
+# it ends, and what is its exit code?
 #
 # :::{admonition} Solution to exercise 1
 # :class: dropdown
-# Because nobody need have asked twice: a shell that loses its terminal passes
-# the signal on to its jobs, and the system sends it to them as well.
-# `_Stop._note` therefore ignores the next one, and gives the other signals
-# their old meaning back.
+# The second Ctrl-C stops the third step: no state, and 130. The second hang-up is
+# ignored, the step is finished and saved, and the code is 129.
 # :::
+
+# %% exercise 1, checked tags=["hide-cell"]
+from llmnb.train import loop
+
+
+def ended(number, old):
+    """Exit code and states of a run that gets a signal twice in its step 3."""
+    folder, whole = Path(place.name, f"signal{number}"), loop.train_step
+
+    def train_step(config, model, batches, at):
+        if at.step == 2:
+            signal.raise_signal(number)
+            signal.raise_signal(number)
+        return whole(config, model, batches, at)
+
+    loop.train_step, before = train_step, signal.signal(number, old)
+    _, _, code = run_command("train", "--out", folder, *TINY.split())
+    loop.train_step = whole
+    signal.signal(number, before)
+    return code, [x.stem for x in folder.glob("state_*")]
+
+
+err, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+os.dup2(nowhere, 2)  # where the handler writes
+pressed = ended(signal.SIGINT, signal.default_int_handler)
+closed = ended(signal.SIGHUP, signal.SIG_DFL)
+os.dup2(err, 2)
+verdict("Ctrl-C", pressed == (130, []), "130, and no state")
+verdict("a hang-up", closed == (129, ["state_00000003"]), "129, and step 3")
+
+# %% [markdown]
+# **2** (★★). You have trained `runs/a` and then `runs/b`, and copied a file into
+# `runs/a` since. Which run does `--resume` take? Which does it take when you have
+# renamed `runs/b` to `runs/c`?
 #
+# :::{admonition} Solution to exercise 2
+# :class: dropdown
+# `b`, the last of the list, whatever the clock says. Then the last of the list is
+# gone, and there is a run that the list does not know: they may be one, or not. So
+# the clock decides, for `a`, and a warning says that this is not certain.
+# :::
+
+# %% exercise 2, checked tags=["hide-cell"]
+from contextlib import chdir
+from types import SimpleNamespace
+
+with chdir(place.name):
+    for name in "ab":
+        folder = RUNS / name
+        folder.mkdir(parents=True)
+        (folder / "model.bin").touch()
+        note_newest(SimpleNamespace(folder=folder))
+    os.utime(RUNS / "a" / "model.bin", (2e9, 2e9))
+    verdict("the list", newest_run().name == "b", "takes b")
+    (RUNS / "b").rename(RUNS / "c")
+    with warnings.catch_warnings(record=True, action="always") as said:
+        found = newest_run().name
+    verdict("the clock", (found, len(said)) == ("a", 1), "takes a, and warns")
+
+# %% [markdown]
 # ## What llmnb gained
 
 # %% what llmnb gained
 from llmnb.book.index import gained
 
+place.cleanup()
 gained("4.24")

@@ -25,7 +25,7 @@
 #
 # Three commands use what other chapters have built: the decoder of
 # [chapter 4.20](20_decoder.ipynb), the shards of
-# [chapter 4.9](09_shards.ipynb), the measures of
+# [chapter 4.11](11_anysize.ipynb), the measures of
 # [chapter 4.21](21_evaluation.ipynb). At the end of this chapter you can
 #
 # - continue a prompt from a terminal, a file or a pipe;
@@ -267,7 +267,7 @@ def _load_model(args, prompt):
 # %% [markdown]
 # ## Data
 #
-# The shards are written by [chapter 4.9](09_shards.ipynb), which goes on where
+# The shards are written by [chapter 4.11](11_anysize.ipynb), which goes on where
 # it was stopped. What the command adds is the choice of a tokenizer, a bar over
 # the bytes read, and a report; where several processes share the work, the others
 # encode for the first, which writes.
@@ -276,7 +276,7 @@ def _load_model(args, prompt):
 from dataclasses import dataclass, fields
 from itertools import chain
 
-from llmnb.cli.options import GroupOptions, fields_of, say
+from llmnb.cli.options import GroupOptions, fields_of, say, typed
 from llmnb.cli.train import check_apart
 from llmnb.files import unmade
 from llmnb.text import shards
@@ -358,7 +358,7 @@ def _run(args, group):
     say("corpus", size + words)
     for name, count in done.shards:
         say(name, f"{count:,} tokens in {folder / name}")
-    say("go on", f"llmnb train --shards {folder}")
+    say("go on", f"llmnb train --shards {typed(folder)}")
 
 
 # %% follow the work tags=["exporti"] module="cli.data"
@@ -527,46 +527,26 @@ def _chosen(model, examples, group):
 # %% [markdown]
 # ## Try them
 
-# %% a run, its text, its measure
-from contextlib import redirect_stderr, redirect_stdout
-from io import StringIO
+# %% a run, and its text
+from llmnb.cli.cell import TINY, run_command
 
-from llmnb.cli.__main__ import main as llmnb
+place = TemporaryDirectory()
+folder, page = Path(place.name, "run"), Path(place.name, "a.txt")
+run_command("train", "--out", folder, *TINY.split())
+ask = ["generate", folder, "--prompt", "def ", "--tokens", 20]
+text, _, code = run_command(*ask)
+verdict("generate", code == 0 and text.startswith("def "), "goes on")
+verdict("generate", run_command(*ask)[0] == text, "same seed, same text")
+two, _, code = run_command(*ask, "--samples", 2)
+verdict("generate", text in two, "the first of two is the same")
 
-TINY = (
-    "--tokenizer byte --limit 100000 --num-layers 1 --channels 32 "
-    "--num-heads 2 --seq-len 32 --batch-size 4 --steps 30"
-)
-
-
-def run(*args):
-    """What a command prints, and its exit code."""
-    out, code = StringIO(), 0
-    with redirect_stdout(out), redirect_stderr(StringIO()):
-        try:
-            llmnb([str(x) for x in args])
-        except SystemExit as stop:
-            code = stop.code
-    return out.getvalue(), code
-
-
-with TemporaryDirectory() as place:
-    folder = Path(place, "run")
-    run("train", "--out", folder, *TINY.split())
-    ask = ["generate", folder, "--prompt", "def ", "--tokens", 20]
-    text, code = run(*ask)
-    verdict("generate", code == 0 and text.startswith("def "), "goes on")
-    verdict("generate", run(*ask)[0] == text, "same seed, same text")
-    two, code = run(*ask, "--samples", 2)
-    verdict("generate", text in two, "the first of two is the same")
-    Path(place, "a.txt").write_text("def f(x):\n    return x\n" * 20)
-    text, code = run("eval", folder, "--text", Path(place, "a.txt"))
-    words = [line.split()[0] for line in text.splitlines()]
-    print(code, *words)
-    out = Path(place, "shards")
-    text, code = run("data", out, "--corpus", Path(place, "a.txt"),
-                     "--tokenizer", "byte")  # fmt: skip
-    print(code, *sorted(x.name for x in out.iterdir()))
+# %% its measure, and shards
+page.write_text("def f(x):\n    return x\n" * 20)
+score, _, code = run_command("eval", folder, "--text", page)
+print(code, *[line.split()[0] for line in score.splitlines()])
+out = Path(place.name, "shards")
+_, _, code = run_command("data", out, "--corpus", page, "--tokenizer", "byte")
+print(code, *sorted(x.name for x in out.iterdir()))
 
 # %% [markdown]
 # ## Take away
@@ -583,14 +563,49 @@ with TemporaryDirectory() as place:
 #
 # :::{admonition} Solution to exercise 1
 # :class: dropdown
-# `head -n 1 a.txt | llmnb generate --prompt - --samples 10 > b.txt`: the texts
-# go to the file, and what the command has to say besides still reaches the
-# terminal.
+# `llmnb generate --prompt "$(head -n 1 a.txt)" --samples 10 > b.txt`: the texts go
+# to the file, and what the command has to say besides still reaches the terminal.
+# With `head -n 1 a.txt | llmnb generate --prompt -` the end of the line would be
+# part of the prompt, and the model would write the second line.
 # :::
+
+# %% exercise 1, checked tags=["hide-cell"]
+import re
+
+line = page.read_text().splitlines()[0]
+ask = ["generate", folder, "--prompt", line, "--samples", 10, "--tokens", 9]
+text, _, code = run_command(*ask)
+seeds = re.findall(rf"^--- .* seed (\d+)\n{re.escape(line)}", text, re.M)
+verdict("exercise 1", len({*seeds}) == 10, "ten seeds go on with it")
+
+# %% [markdown]
+# **2** (★). Copy `model.bin` of a run, and nothing else, to another folder. What does
+# `llmnb eval` say about it, and what must it be told to find the same numbers?
 #
+# :::{admonition} Solution to exercise 2
+# :class: dropdown
+# That no tokenizer lies beside it. `--tokenizer byte` names the one of this run, and
+# so does `--tokenizer run/tokenizer.tiktoken`, whatever it is.
+# :::
+
+# %% exercise 2, checked tags=["hide-cell"]
+import shutil
+
+alone = Path(place.name, "alone.bin")
+shutil.copy(folder / "model.bin", alone)
+ask = ["eval", alone, "--text", page]
+_, said, code = run_command(*ask)
+verdict("exercise 2", code == 1 and "which tokenizer?" in said, "asks for one")
+for name in "byte", folder / "tokenizer.tiktoken":
+    found, _, code = run_command(*ask, "--tokenizer", name)
+    same = found.splitlines()[1:] == score.splitlines()[1:]
+    verdict("exercise 2", code == 0 and same, "the same numbers")
+
+# %% [markdown]
 # ## What llmnb gained
 
 # %% what llmnb gained
 from llmnb.book.index import gained
 
+place.cleanup()
 gained("4.25")

@@ -331,12 +331,13 @@ from llmnb.bench.bench import CONFIGS, bench, bench_writers
 from llmnb.bench.contest import kernel_contests
 from llmnb.bench.race import PEERS, Settings
 from llmnb.bench.report import bars_figure, layers_figure, report
-from llmnb.cli.options import GroupOptions, ThreadOptions, set_threads
-from llmnb.cli.options import shape_config, some_of
+from llmnb.cli.options import GroupOptions, ThreadOptions, fields_of
+from llmnb.cli.options import set_threads, some_of
 from llmnb.config import GPT2Config
 from llmnb.files import replacing, write_whole
 from llmnb.train.group import ALONE
-from llmnb.train.options import DataOptions, ModelOptions, option
+from llmnb.train.options import DataOptions, ModelOptions, TrainConfig
+from llmnb.train.options import option
 from llmnb.train.terminal import progress_bar
 
 NAMED = {"metavar": "NAME"}
@@ -517,7 +518,8 @@ def _configs_of(args):
             raise ValueError(f"no config {name!r}: choose from {known}")
     if args.config or args.start or args.kernels is not None:
         return {name: CONFIGS[name] for name in args.config}
-    config = shape_config(args)
+    shape = fields_of(vars(args), ModelOptions) | {"precision": "fp32"}
+    config = TrainConfig(**shape, vocab_size=args.vocab_size)
     cfg = config.model(config.vocab_size)
     return {"custom": (cfg, config.batch_size, config.seq_len)}
 

@@ -4,6 +4,7 @@ import json
 import re
 import sys
 
+import pytest
 from commands import SMALL, raising
 
 from llmnb.cli import bench as bench_command
@@ -80,3 +81,14 @@ def test_info(done):
     model = GPT2(GPT2Config(16, 300, 1, 2, 16), 2, 16, "reference")
     megabytes = f"{model.memory.nbytes / 1e6:.1f} MB"
     assert megabytes in done("info", *SMALL.split())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp64"])
+def test_info_counts_what_the_backend_takes(precision, done, failed):
+    ask = ["info", *SMALL.split(), "--backend", "cpu"]
+    shape = GPT2Config(16, 300, 1, 2, 16), 2, 16
+    size = GPT2(*shape, "cpu", precision).memory.nbytes
+    said = done(*ask, "--precision", precision)
+    assert f"memory     {size / 1e6:.1f} MB" in said
+    assert "one of 'fp32'" in failed(*ask, "--precision", "fp8")
+    done(*ask, "--backend", "cuda")  # without a GPU too

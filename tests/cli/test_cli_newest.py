@@ -64,6 +64,16 @@ def test_the_newest_run_does_not_depend_on_the_clock(llmnb, two_runs):
     assert newest(llmnb) == "stdlib-2"
 
 
+def test_a_state_that_has_just_gone_is_no_newest(tmp_path, monkeypatch):
+    """Its run has removed it since its name was read."""
+    monkeypatch.chdir(tmp_path)
+    for name, file in ("a", "model.bin"), ("b", "state_00000001.safetensors"):
+        Path("runs", name).mkdir(parents=True)
+        Path("runs", name, file).symlink_to(tmp_path / name)
+    (tmp_path / "a").touch()
+    assert newest_run() == Path("runs", "a")
+
+
 def test_the_newest_run_of_a_copy(llmnb, two_runs, tmp_path, monkeypatch):
     shutil.copytree(two_runs, tmp_path / "b" / "runs")
     aged(tmp_path / "b" / "runs" / "stdlib", 9000)

@@ -1,6 +1,7 @@
 """`llmnb train`: a run begun, stopped, gone on with."""
 
 import re
+import shlex
 import shutil
 import signal
 from pathlib import Path
@@ -39,6 +40,28 @@ def test_train_refuses_a_folder_in_use(llmnb, done, tmp_path):
     )
     done("train", "--out", "mine", "--force", *TINY.split())
     assert {x.name for x in (tmp_path / "mine").iterdir()} == {*FILES, "x"}
+
+
+def test_commands_that_are_shown_run_as_they_stand(
+    llmnb, done, tmp_path, monkeypatch
+):
+    """Whatever is in a folder's name."""
+    (tmp_path / "my text.txt").write_text("once upon a time " * 99)
+
+    def then(out):
+        (line,) = re.findall("^go on +(.*)", out, re.M)
+        command, *words = shlex.split(line)
+        assert command == "llmnb" and " " in words[1] + words[2]
+        return words
+
+    ask = ["train", *TINY.split(), "--corpus", "my text.txt"]
+    assert done(*then(done(*ask)), "--tokens", 3).startswith("def ")
+    with monkeypatch.context() as patch:
+        interrupt(patch, 2)
+        code, out, _ = llmnb(*ask)
+    assert code == 130 and "at step 3 of 6" in done(*then(out))
+    text = ["--corpus", "my text.txt", "--tokenizer", "byte"]
+    done(*then(done("data", "my shards", *text)), *TINY.split())
 
 
 SIGHUP = getattr(signal, "SIGHUP", None)
