@@ -50,12 +50,12 @@ text = read_shard("../../tests/data/curve_tokens.bin")
 # %% [markdown]
 # ## The log
 #
-# **The log** is another matter: a row is added at each step, and rewriting
-# the whole file each time would take longer and longer. So it is appended
-# to, and handed to the system after each row; a kill can leave half a row
-# at its end. That does no harm, since resuming drops every row at or after
-# the state's step. They will be written again, with the same numbers. Only
-# when a state is kept need the rows before it be safe on the disk too.
+# A state is written whole. The log gets a row at each step, and to write all of it
+# anew each time would take longer and longer. So the row is appended, and handed to
+# the system; a kill can leave half a row at the end. That does no harm, since
+# resuming drops every row at or after the state's step. They will be written again,
+# with the same numbers. Only when a state is kept need the rows before it be safe on
+# the disk too.
 #
 # A log is also what people open in other programs, sort, and save again. A
 # row that is none any more is left out, and said, and the others count. And
@@ -174,6 +174,8 @@ def read_steps(path):
 
 
 # %% [markdown]
+# ## Begin, or go on
+#
 # A run **begins** with its configuration and its tokenizer on disk, so that
 # a kill in the very first steps loses nothing that matters: without a state
 # it begins anew, and as it depends on nothing but these, it takes the same
@@ -423,7 +425,9 @@ def _check_run(state, config):
 
 
 # %% [markdown]
-# The loop needs no change. `follow` wraps one generator into others: `_logged`
+# ## Train and keep
+#
+# The loop of [chapter 4.13](13_loop.ipynb) needs no change. `follow` wraps one generator into others: `_logged`
 # takes each step from `train`, writes its row, and hands the step on; `follow`
 # saves the state when it is time, and hands it on once more.
 
@@ -542,8 +546,10 @@ def _gentler(run):
 
 
 # %% [markdown]
-# Now the proof. The run is small, and chosen so that every row of the table
-# has work to do: it accumulates, it skips some updates, and a state is kept
+# ## Proof
+#
+# The run is small, and chosen so that every row of
+# [table 4.15.1](15_states.ipynb) has work to do: it accumulates, it skips some updates, and a state is kept
 # every five steps. First it runs straight to its end.
 
 # %% a run with everything in it
@@ -576,7 +582,7 @@ verdict("skips", skipped[0] < 10 < skipped[-1], "before and after step 10")
 print(*sorted(x.name for x in first.folder.iterdir()), sep="\n")
 
 # %% [markdown]
-# Then one that is cut down at step 13. Leaving the generator is what a kill
+# Then one that is cut after 13 steps. Leaving the generator is what a kill
 # does: the arrays in memory are gone, and the folder is as it was. The last
 # state is that of step 10, the log has rows beyond it.
 
@@ -632,9 +638,10 @@ for name, forget in ITEMS.items():
 # were replaced by the steps taken, which is what a program does that does
 # not tell the two apart.)
 #
-# Now the other dangers. A disk that fills up while a state is written, at
-# fifty places and more along the file; a bit that flips on the disk; a text
-# that has changed.
+# ## Other dangers
+#
+# A disk that fills up while a state is written, at some fifty places along the
+# file; a bit that flips on the disk; a text that has changed.
 
 # %% a disk with so many bytes left
 import errno
@@ -716,8 +723,7 @@ place.cleanup()
 # [chapter 4.24](24_train.ipynb) does so on Ctrl-C and on the signal by which
 # a system asks a program to end. The tests go further: they kill the process
 # with a signal that cannot be caught, at random moments, and compare.
-
-# %% [markdown]
+#
 # **What is not promised.** Another machine or another version of numba may
 # lead elsewhere; `resume` warns of both.
 
@@ -726,22 +732,50 @@ place.cleanup()
 #
 # - A run can go on to the last bit if all that one step hands to the next is
 #   kept, and if the file that keeps it appears whole or not at all.
-# - A row of the log counts when it was safe before the state that follows it.
+# - Of the log, the rows before a state are safe before the state is; those behind it
+#   will be written again.
 # - What decides the bits and cannot be kept is compared, and a difference is
 #   said.
 #
 # ## Exercises
 #
-# **1** (★★★). Which rows of table 4.15.1 may a run forget without harm if it
-# never skips an update?
+# **1** (★★). A run that keeps a state every five steps is killed after 13 steps, in
+# the middle of a row. How many rows can be read from its log, and how many when it
+# has gone on by one step?
 #
 # :::{admonition} Solution to exercise 1
+# :class: dropdown
+# 13, of the steps 0 to 12: the half row has no end and does not count. Then 11: the
+# ten before the state of step 10, and the row of step 10, written again.
+# :::
+
+# %% exercise 1, checked tags=["hide-cell"]
+with TemporaryDirectory() as folder:
+    page = Path(folder, "page.txt")
+    page.write_text(excerpt, "utf-8")
+    here, log = Path(folder, "run"), Path(folder, "run", "log.csv")
+    run = begin(own_folder(here), replace(careful, corpus=(str(page),)))
+    list(islice(follow(run), 13))
+    with open(log, "a") as file:
+        file.write("13,2.7")
+    rows = [len(read_steps(log))]
+    run, _ = resume(here)
+    next(follow(run))
+    rows.append(len(read_steps(log)))
+    del run
+verdict("rows", rows == [13, 11], "before, and one step on")
+
+# %% [markdown]
+# **2** (★★★). Which rows of table 4.15.1 may a run forget without harm if it
+# never skips an update?
+#
+# :::{admonition} Solution to exercise 2
 # :class: dropdown
 # The windows, which nothing reads then, and the number of updates, for
 # which the number of steps stands in. The others matter at once.
 # :::
 
-# %% exercise 1, checked tags=["hide-cell"]
+# %% exercise 2, checked tags=["hide-cell"]
 same = []
 with TemporaryDirectory() as folder:
     page = Path(folder, "page.txt")
