@@ -174,11 +174,8 @@ def run_table(logs):
 # We make up two runs to try it: the second learns twice as fast, and in both
 # logs the line of the last row has no end, so that row does not count.
 
+
 # %% two runs, made up
-from llmnb.train.drawing import smooth
-from llmnb.train.watch import compare_runs, read_log, run_table
-
-
 def pretend(path, speed, steps=300):
     noise = np.random.RandomState(20).normal(0, 0.15, steps)
     lines = ["step,loss,val_loss,learning_rate,grad_norm,tokens_per_second"]
@@ -279,8 +276,8 @@ except ImportError as error:
 #   the name of a file or of a tensor can hold them. A terminal gets their
 #   escapes, `\x1b`; a file or a pipe gets the text as it is.
 #
-# So `main` puts a small object before each of the two streams, and no command
-# needs to know.
+# So `main`, which begins every command ([chapter 4.23](23_commands.ipynb)), puts a
+# small object before each of the two streams, and no command needs to know.
 
 # %% imports of the terminal tags=["export"] module="train.terminal"
 import os
@@ -354,6 +351,47 @@ class Screen:
         if self.ends:
             sys.exit(141 if gone else 1)
 
+
+# %% [markdown]
+# A terminal that knows ASCII only is sent a command to clear its screen, and two
+# letters that it lacks. Then a result goes to a reader who has left: the command ends,
+# unless it trains.
+
+# %% what a terminal gets, and who goes on
+import io
+from contextlib import redirect_stderr
+
+
+class Terminal(io.TextIOWrapper):
+    def isatty(self):
+        return True
+
+
+class Closed(io.StringIO):
+    def write(self, text):
+        raise BrokenPipeError
+
+
+def loses(stream, ends):
+    """The exit code and the words of a command that loses its output."""
+    screen, said, code = Screen(stream, result=True), io.StringIO(), None
+    screen.ends = ends
+    with redirect_stderr(said):
+        try:
+            screen.write("a result\n")
+        except SystemExit as error:
+            code = error.code
+    return code, said.getvalue()
+
+
+raw = io.BytesIO()
+ascii_only = Terminal(raw, "ascii", newline="\n", write_through=True)
+Screen(ascii_only).write("naïve 中 \x1b[2J\n")
+print(raw.getvalue().decode(), end="")
+clean = raw.getvalue() == rb"na\xefve \u4e2d \x1b[2J" + b"\n"
+verdict("a terminal", clean, "gets escapes")
+pipe = loses(Closed(), True), loses(Closed(), False)
+verdict("a closed pipe", pipe == ((141, ""), (None, "")), "no word of it")
 
 # %% [markdown]
 # A stream that was closed before the command began (`>&-` in a shell) is a
@@ -433,9 +471,8 @@ def progress_bar(work=None, **how):
 # - The last row of a log counts only when its line has ended.
 # - A picture of several runs says more than any of them: the same axes, the
 #   same running mean.
-# - What a stream cannot say must not stop what does not need to be said.
-
-# %% [markdown]
+# - A stream that fails must not stop a command whose result is elsewhere.
+#
 # ## Exercises
 #
 # **1** (★). Losses of 4, 2 and 6 at the steps 0, 1 and 2, and a running mean
@@ -448,13 +485,35 @@ def progress_bar(work=None, **how):
 # :::
 
 # %% exercise 1, checked tags=["hide-cell"]
-import numpy as np
-
 means = smooth(np.array([[0.0, 1.0, 2.0], [4.0, 2.0, 6.0]]), 2)
 print(means.tolist())
 verdict(
     "running mean", means.tolist() == [[0.5, 1.5], [3, 4]], "in the middle"
 )
+
+# %% [markdown]
+# **2** (★★). The disk is full. What do `llmnb generate > sample.txt` and
+# `llmnb train > words.txt` say on standard error, and with which exit code do they
+# end?
+#
+# :::{admonition} Solution to exercise 2
+# :class: dropdown
+# The first says in one line that there is an error, and ends with 1: its text is
+# lost. The second says in one line that there is a warning, and trains on.
+# :::
+
+
+# %% exercise 2, a full disk tags=["hide-cell"]
+class Full(io.StringIO):
+    def write(self, text):
+        raise OSError(28, "No space left on device")
+
+
+# %% exercise 2, checked
+writes, trains = loses(Full(), True), loses(Full(), False)
+print(writes[1] + trains[1], end="")
+verdict("generate", writes[0] == 1 and "error" in writes[1], "ends")
+verdict("train", trains[0] is None and "warning" in trains[1], "goes on")
 
 # %% [markdown]
 # ## What llmnb gained
