@@ -74,8 +74,9 @@ V = encoding.n_vocab
 print(f"{cfg.num_layers} layers of {NH} heads, {V:,} tokens")
 
 # %% [markdown]
-# The text is a class that stands in no library. Put your own here; anything up to
-# 256 tokens will do. Two names to watch, `balance` and `amount`, come again and again.
+# The text is a class that stands in no library. Two names to watch, `balance` and
+# `amount`, come again and again. (With a text of your own, of up to 256 tokens, change
+# them in the cells that look for them, too.)
 
 # %% a text of your choice
 TEXT = '''class Account:
@@ -344,6 +345,7 @@ finder = np.unravel_index(induction.argmax(), induction.shape)
 even = 1 / np.arange(1, 2 * R + 1)  # the weight that an even spread gives
 print(f"even: {even[1:].mean():.2f} and {even[R:-1].mean():.2f}")
 print("looks back most:", *back, " finds most:", *finder)
+
 # %% who does what, checked tags=["hide-input"]
 verdict("previous", previous.max() > 0.5, "a head looks back one token")
 verdict("induction", (induction > 0.2).sum() == 4, "four heads find")
@@ -390,6 +392,7 @@ for row in mixed:
     np.random.default_rng(1).shuffle(row[R:])
 other = surprises(params, mixed, NH, V)[:, R:].mean()
 print(f"first {once:.2f}, again {again:.2f}, again but shuffled {other:.2f}")
+
 # %% the second time, checked tags=["hide-input"]
 verdict("random tokens", once > np.log(V), "worse than a uniform guess")
 verdict("the same again", again < once - 2, "at least 2 nats cheaper")
@@ -435,6 +438,7 @@ silenced = [
     for i in range(L)
 ]  # fmt: skip
 worth_first, worth = np.moveaxis(np.array(silenced) - halves(params), -1, 0)
+
 # %% who is missed, checked tags=["hide-input"]
 verdict("looking back", worth[back] == worth.max(), "is missed most of all")
 verdict("the finder", (worth > worth[finder]).sum() == 1, "comes second")
@@ -506,7 +510,7 @@ ax.legend(frameon=False)
 low.plot(steps, gain, color=PALETTE["ink"])
 low.set(ylabel="nats saved the second time")
 for one in (ax, low):
-    one.set_xlabel("step")
+    one.set(xlabel="step", xticks=range(0, 12_001, 3000))
     one.spines[["top", "right"]].set_visible(False)
 fig.tight_layout()
 plt.show()
