@@ -169,11 +169,17 @@ def ngram_entropy(train_tokens, tokens, vocab_size, n, trust=32):
 
     train_tokens, tokens: 1-D integer arrays with values in [0, vocab_size).
     n: the length of a run, its last token being the predicted one; 1 looks at
-    no context, and vocab_size ** n must be below 2 ** 63. trust: how often a
-    context must have been seen to be trusted half. Returns nats a token.
+    no context, and ValueError is raised unless vocab_size ** n is below
+    2 ** 63. trust: how often a context must have been seen to be trusted
+    half. Returns nats a token.
     """
+    if vocab_size**n >= 2**63:
+        raise ValueError(
+            f"ngram_entropy: {vocab_size} ** {n} runs do not fit in an int64"
+        )
     text, asked = (np.asarray(x, np.int64) for x in (train_tokens, tokens))
-    p = _ngram(text, asked, vocab_size, n, trust)
+    longest = max(1, min(n, len(text), len(asked)))  # of the runs there are
+    p = _ngram(text, asked, vocab_size, longest, trust)
     return float(-np.log(p).mean())
 
 

@@ -22,7 +22,7 @@ from llmnb.train import loop
 from llmnb.train.feed import Data, landmarks, loaders, make_encoding, prepare
 from llmnb.train.finetune import starting_from
 from llmnb.train.folder import load_run, read_run, save_run, write_log
-from llmnb.train.landmarks import unigram_entropy
+from llmnb.train.landmarks import ngram_entropy, unigram_entropy
 from llmnb.train.loop import Progress, train, train_step
 from llmnb.train.options import TrainConfig, depth_shape
 from llmnb.train.start import new_model
@@ -114,6 +114,37 @@ def test_unigram_entropy():
     p = np.array([3, 2, 1, 2]) / 8
     want = -np.mean([np.log(p[t]) for t in tokens])
     assert unigram_entropy(text, tokens, 4) == pytest.approx(want)
+
+
+def chance(text, before, token, V, trust):
+    """(1.18.4), by looking at each place of the text."""
+    if not before:
+        return (text.count(token) + 1) / (len(text) + V)
+    n, came = len(before), []
+    for i in range(len(text) - n):
+        if text[i : i + n] == before:
+            came.append(text[i + n])
+    shorter = chance(text, before[1:], token, V, trust)
+    return (came.count(token) + trust * shorter) / (len(came) + trust)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+@pytest.mark.parametrize(("known", "asked"), [(60, 40), (2, 40), (60, 2)])
+def test_ngram_entropy(n, known, asked):
+    """Of texts that are shorter than a run, too."""
+    rng = np.random.default_rng(n)
+    text, tokens = (rng.integers(0, 3, x).tolist() for x in (known, asked))
+    costs = []
+    for i, token in enumerate(tokens):
+        before = tokens[max(0, i - n + 1) : i]
+        costs.append(-np.log(chance(text, before, token, 3, 2)))
+    found = ngram_entropy(text, tokens, 3, n, trust=2)
+    assert found == pytest.approx(np.mean(costs))
+
+
+def test_runs_that_no_number_holds():
+    with pytest.raises(ValueError, match="65536 .. 4 runs do not fit"):
+        ngram_entropy([0, 1], [0, 1], 2**16, 4)
 
 
 def test_landmarks_use_the_tokens_of_validation():
