@@ -373,10 +373,11 @@ class _Cuda(threading.local):
 
     def ballot_sync(self, mask, predicate):
         values, _ = exchange("ballot", mask, bool(predicate))
-        return sum(1 << i for i, v in enumerate(values) if v)
+        bits = sum(1 << i for i, v in enumerate(values) if v)
+        return bits - (values[-1] << WARP)  # an int32: lane 31 is its sign
 
     def popc(self, bits):
-        return int(bits).bit_count()
+        return (int(bits) & FULL).bit_count()
 
 
 # the object

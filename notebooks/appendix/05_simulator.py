@@ -491,7 +491,9 @@ class _Atomic:
 # Now the object that a kernel asks. Its names are those that numba gives to
 # CUDA, NVIDIA's system for programs on its GPUs, so that the same function can
 # be compiled for one. `threadIdx`, `blockIdx`, `blockDim` and `gridDim` are
-# set when a thread goes on.
+# set when a thread goes on. Numbers are numba's too: the 32 bits of a vote are
+# an int32, negative where lane 31 says yes. Were they not so here, a kernel that
+# compares a vote with `FULL` would pass on the simulator and fail on a GPU.
 
 
 # %% what kernels ask tags=["exporti"]
@@ -532,10 +534,11 @@ class _Cuda(threading.local):
 
     def ballot_sync(self, mask, predicate):
         values, _ = exchange("ballot", mask, bool(predicate))
-        return sum(1 << i for i, v in enumerate(values) if v)
+        bits = sum(1 << i for i, v in enumerate(values) if v)
+        return bits - (values[-1] << WARP)  # an int32: lane 31 is its sign
 
     def popc(self, bits):
-        return int(bits).bit_count()
+        return (int(bits) & FULL).bit_count()
 
 
 # %% the object tags=["export"]

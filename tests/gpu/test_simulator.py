@@ -151,15 +151,20 @@ def test_shuffles(name):
 
 
 def test_votes():
+    """As numba has them: an int32, whose sign is the last lane's."""
+
     def vote(out):
         i = cuda.threadIdx.x
-        out[i] = cuda.ballot_sync(ALL, i % 3 == 0)
+        bits = cuda.ballot_sync(ALL, i % 3 == 0)
+        out[i] = bits, cuda.popc(bits), cuda.popc(bits & 1023)
 
-    out = ran(vote, 1, 64, ints(64))
-    bits = [
-        sum(1 << k for k in range(32) if (k + b) % 3 == 0) for b in (0, 32)
-    ]
-    assert (out.reshape(2, 32) == np.array(bits)[:, None]).all()
+    out = ran(vote, 1, 64, ints(64, 3)).reshape(2, 32, 3)
+    yes = (np.arange(64) % 3 == 0).reshape(2, 32)
+    bits = np.packbits(yes, axis=1, bitorder="little").view("<i4")
+    assert (bits[:, 0] < 0).tolist() == [False, True]
+    counts = yes.sum(1, keepdims=True), yes[:, :10].sum(1, keepdims=True)
+    for k, want in enumerate((bits, *counts)):
+        assert (out[..., k] == want).all()
 
 
 def test_lanes_that_call_different_functions_do_not_meet():
