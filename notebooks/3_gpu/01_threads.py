@@ -259,9 +259,10 @@ moving("threads", "two blocks of four threads, step by step", walks=[steps])
 # the order does not matter.*
 #
 # The number 1 is written `np.float32(1)`: with a plain `1.0` numba would
-# compute in float64, the trap of [chapter 2.1](../2_cpu/01_compile.ipynb). Of
-# such operations an A100 does 19.5 million million a second in float32 and 9.7 in
-# float64, an H100 67 and 34, and GPUs made for games far fewer.
+# compute in float64, the trap of [chapter 2.1](../2_cpu/01_compile.ipynb). An
+# A100 does 19.5 million million operations a second in float32 and 9.7 in
+# float64, an H100 67 and 34. GPUs made for games do 32 or 64 times fewer in
+# float64 than in float32.
 #
 # ## The machine
 
@@ -434,7 +435,8 @@ print(out[:8])
 
 # %% [markdown]
 # A *vote* says for which lanes something holds: `ballot_sync` returns a
-# number with a bit for each lane.
+# number with a bit for each lane. It is an int32, negative where the last
+# lane says yes; `& FULL` shows its 32 bits.
 
 
 # %% a vote
@@ -446,7 +448,7 @@ def odd(out, inp):
 
 votes = np.zeros(1, np.int64)
 simulate(odd, 1, 32, (votes, np.arange(32)))
-print(f"{votes[0]:032b}")
+print(f"{votes[0] & FULL:032b}")
 
 # %% [markdown]
 # ## Races
@@ -575,12 +577,10 @@ walks = [walk("with a barrier", turn, 1, 4, arrays),
          walk("an atomic count", count_atomically, 1, 4, (one,))]  # fmt: skip
 for w in walks:
     out = next(iter(w["arrays"]))
-    last = {
-        order: {s[7]: s[8] for s in steps if s[6] == out}
-        for order, steps in w["steps"].items()
-    }
-    races = sum(s[9] is not None for s in w["steps"]["together"])
-    print(w["name"], *last.values(), races, "steps race")
+    for order, steps in w["steps"].items():
+        last = {s[7]: s[8][0] for s in steps if s[6] == out}
+        races = sum(s[9] is not None for s in steps)
+        print(f"{w['name']:15} {order:9}{races} steps race:", *last.values())
 
 # %% who writes the board, and who reads it
 fig, axes = plt.subplots(1, 2, figsize=(6, 1.6), dpi=100)
@@ -594,7 +594,7 @@ moving("threads", said, walks=walks, shared=["board"])
 # %% [markdown]
 # *Figure 3.1.4. Who writes each element of the board, and who reads it: never
 # the same thread. With a barrier between writing and reading, both orders turn
-# the numbers round. Without it a thread may read what is not yet written, and
+# the numbers round. Without it a thread may read what is not yet written (None), and
 # the result depends on the order; the watch marks the race in both orders,
 # even where the result happens to be right. Four threads that add to one
 # count race in the same way; atomic additions do not.*
@@ -604,15 +604,15 @@ moving("threads", said, walks=walks, shared=["board"])
 # the last bits, and this book has promised runs that repeat to the last bit.
 # The other repair is the owner rule: one thread owns the number, and the
 # others tell it what they have. Here the first lane of each warp counts the
-# votes of its warp, in an element of its own; the few elements are added in a
-# fixed order afterwards.
+# votes of its warp (`popc` counts the bits that are 1), in an element of its
+# own; the few elements are added in a fixed order afterwards.
 
 
 # %% repaired with owners
 def count_by_owner(out):
     bits = cuda.ballot_sync(FULL, True)
     if cuda.laneid == 0:
-        out[cuda.blockIdx.x] = bin(bits).count("1")
+        out[cuda.blockIdx.x] = cuda.popc(bits)
 
 
 out = np.zeros(3, int)
