@@ -211,18 +211,16 @@ for C in (5, 8):
 
 
 # %% what four channels move less of
-def count(layer, *arrays):
+def count(name, layer, *arrays):
     with watch() as seen:
         layer(*(simulated(a) for a in arrays))
-    print(
-        f"{seen.requests:>6} requests {seen.sectors:>6} sectors"
-        f"{seen.reads:>7} reads {seen.atomics:>5} atomics"
-    )
+    print(f"{name:15} {seen.requests:>5} requests {seen.sectors:>6}", end="")
+    print(f" sectors {seen.reads:>6} reads {seen.atomics:>5} atomics")
 
 
 (inp, wte, wpe, dout), _ = problem(2, 8, 128, 11, simulated)
-for layer in FORWARD.values():
-    count(layer, dout, inp, wte, wpe)
+for name, layer in FORWARD.items():
+    count(name, layer, dout, inp, wte, wpe)
 
 # %% [markdown]
 # A quarter of the requests. Three times 2048 elements of four bytes are 768
@@ -388,10 +386,9 @@ def positions_by_one(dwpe, dout, T):
 # A warp makes a bucket. It goes through the text twice, 32 places at a time,
 # and votes. The first time it counts the places that belong to buckets before
 # its own: there its bucket begins. The second time it writes down its own. A
-# lane whose place belongs here counts the ones among the bits of lower lanes
-# (`popc` counts bits), and that is how many places of this vote come before
-# its own. So a bucket is in the order of the text, and no warp waits for
-# another.
+# lane whose place belongs here counts the ones among the bits of lower lanes,
+# and that is how many places of this vote come before its own. So a bucket is
+# in the order of the text, and no warp waits for another.
 
 
 # %% places into buckets tags=["exporti"]
@@ -576,9 +573,9 @@ for C in (5, 8):
     for name, layer in BACKWARD.items():
         dwte, dwpe = (to_device(np.zeros_like(a)) for a in want)
         layer(dwte, dwpe, there[3], there[0])
-        label = f"C = {C}, {name}"
-        compare(f"{label}, dwte", to_host(dwte), want[0], tol=1e-5)
-        compare(f"{label}, dwpe", to_host(dwpe), want[1], tol=1e-5)
+        print(f"{name}, {C} channels")
+        compare("dwte", to_host(dwte), want[0], tol=1e-5)
+        compare("dwpe", to_host(dwpe), want[1], tol=1e-5)
 
 # %% [markdown]
 # The order of the text is also that of the CPU's one thread. Then even the
@@ -594,11 +591,11 @@ for name, got, want in (("dwte", there[1], wte), ("dwpe", there[2], wpe)):
 
 # %% what the three ask of the memory
 (inp, wte, wpe, dout), _ = problem(1, 64, 128, 30, simulated)
-for layer in BACKWARD.values():
-    count(layer, wte, wpe, dout, inp)
+for name, layer in BACKWARD.items():
+    count(name, layer, wte, wpe, dout, inp)
 
 # %% [markdown]
-# The table shows the price of order. Atomics move the fewest sectors, and
+# The counts show the price of order. Atomics move the fewest sectors, and
 # there are 16,384 of them besides, two for each element, which the memory
 # carries out by itself and which our requests do not count. A block a place
 # reads every token again and again. Buckets cost two readings of the text a
@@ -607,12 +604,13 @@ for layer in BACKWARD.values():
 #
 # ## Count it
 #
-# How many tokens does the search read at GPT-2's size? A block that has no
-# buckets reads at worst, when no token repeats, all $BT$ of them, and there
-# are $BT$ blocks. With buckets, each of the $K$ warps reads the text twice,
-# and then each warp of each block looks through one bucket of $BT / K$ places,
-# if the tokens are spread evenly. They are not: the bucket of a word such as
-# "the" is long, and every block of that bucket looks through it.
+# How many tokens does the search read at GPT-2's size? With votes and without
+# buckets, a warp reads at worst, when no token repeats, all $BT$ of them, and
+# $BT$ blocks have six warps each, with four channels a lane. With buckets, each
+# of the $K$ warps reads the text twice, and then each warp of each block looks
+# through one bucket of $BT / K$ places, if the tokens are spread evenly. They
+# are not: the bucket of a word such as "the" is long, and every block of that
+# bucket looks through it.
 
 # %% the search at GPT-2's size
 C = 768
