@@ -91,7 +91,7 @@ from llmnb.shapes import shapes
 
 # %% [markdown]
 # Rows are independent, so rows are what threads can share out. Three ways to
-# do so are in the figure; each is a version below.
+# do so are in the figure; each becomes a version of the kernel.
 
 # %% who owns what, forward
 lanes = np.arange(12)
@@ -103,7 +103,8 @@ for ax, title, owner in (
 ):
     step = 1 if title.startswith("1") else 4
     who = [[step * n + k for k in owner] for n in range(2)]
-    draw_owners(ax, who, title, step, rows="rows", cols="channels")
+    draw_owners(ax, who, title, step, rows="rows")
+axes[2].set_xlabel("channels")
 fig.tight_layout()
 plt.show()
 
@@ -388,9 +389,9 @@ forward_verdict(_kept_a_row, 1, 5, 37)
 count_forward(_warp_a_row, _kept_a_row)
 
 # %% [markdown]
-# Four requests have become one, and a third of the sectors is gone: `inp` comes once and `out` goes once,
-# 2,048 sectors. Nearly all of the rest is `weight` and `bias`, read for each
-# row: the same few kilobytes every time, which a cache can hold.
+# One request in five is left, and two sectors in three: `inp` comes once and
+# `out` goes once, 2,048 sectors. Nearly all of the rest is `weight` and `bias`,
+# read for each row: the same few kilobytes every time, which a cache can hold.
 #
 # The public function checks the arrays, then runs the last version; the first
 # stays in `llmnb.bench.rungs_layernorm`, to be timed.
@@ -723,7 +724,7 @@ count_backward(_sums_of_parts)
 # part, so it sums $dw$ and $db$ in registers and writes to the table once.
 #
 # The sums $a$ and $b$ now cross warps, by way of a table in shared memory,
-# for every row anew. That is the race of above, and asks for a second
+# for every row anew. That is the race of figure 3.4.2, and asks for a second
 # barrier. There are *two* tables here instead, used in turn. The barrier of
 # row $n$ stands between writing table 0 and reading it. Who writes table 0
 # next, for row $n + 2$, has passed the barrier of row $n + 1$, and to that
