@@ -197,8 +197,9 @@ def elementwise(function, reads):
 # %% [markdown]
 # ## GELU
 #
-# The two functions are (2.2.2) with (2.2.3) and (2.2.4). Every constant is a
-# float32: after one bare `1.0` the rest of the line would be computed in float64.
+# The two functions are (2.2.3), with sig by (2.2.4) and its slope by (2.2.5).
+# Every constant is a float32: after one bare `1.0` the rest of the line would be
+# computed in float64.
 
 # %% imports of GELU tags=["export"] module="cuda.gelu"
 import math
@@ -346,9 +347,10 @@ equal = np.array_equal([to_host(x) for x in (total, *there[:2])], exact)
 verdict("the sum", equal, "all three equal to NumPy's")
 
 # %% [markdown]
-# The model calls neither: the product that comes before folds the addition into
-# its own last step (`residual=` in [chapter 3.6](06_matmul.ipynb)), where the
-# other term is in registers already.
+# GPT-2 calls neither: the product that comes before folds the addition into its
+# own last step (`residual=` in [chapter 3.6](06_matmul.ipynb)), where the other
+# term is in registers already. Gemma 2 calls the first, since it has a norm
+# between the product and the sum ([chapter 5.5](../5_modern/05_architectures.ipynb)).
 #
 # ## What the simulator counts
 #
