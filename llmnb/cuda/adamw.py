@@ -14,9 +14,8 @@ import math
 import numpy as np
 
 from llmnb.cuda.elementwise import BLOCK, count_fours
-from llmnb.gpu.launch import (
-    DEVICE, aligned, device, given_work, kernel, to_host,
-)
+from llmnb.gpu.launch import DEVICE, aligned, device, given_work, kernel
+from llmnb.gpu.launch import to_host
 from llmnb.gpu.simulator import cuda, load4, store4
 from llmnb.gpu.warp import block_sum
 from llmnb.shapes import shapes
@@ -28,8 +27,7 @@ SETTINGS = 8  # numbers: seven of AdamW, and one to fill two vectors
 NORM_BLOCKS = 1024  # blocks at most that sum squares
 ZERO, ONE = np.float32(0), np.float32(1)
 TINY = np.float32(1e-6)  # (1.12.14)
-LARGEST = float(np.finfo(np.float32).max)
-EXPONENT = np.int32(0x7F800000)  # the bits of a float32's exponent
+LARGEST = np.finfo(np.float32).max
 
 
 # the settings
@@ -94,13 +92,17 @@ def adamw_apply(params, grads, m, v, settings):
     """Take one step of AdamW with settings that are on the device.
 
     params, grads, m, v: a device's arrays, float32, flat, of one length.
-    settings: what `adamw_settings` computed, on the device. Allocates
-    nothing and does not wait: a CUDA graph may record it, and new settings
-    may be copied into the array before the graph is launched again. Raises
-    TypeError or ValueError for arrays that do not fit.
+    settings: what `adamw_settings` computed, on the device, at a multiple of
+    16 bytes. Allocates nothing and does not wait: a CUDA graph may record it,
+    and new settings may be copied into the array before the graph is launched
+    again. Raises TypeError or ValueError for arrays that do not fit.
 
     Derived in chapter 3.10.
     """
+    if not aligned(settings):
+        raise ValueError(
+            "adamw_apply: settings must begin at a multiple of 16 bytes"
+        )
     arrays = params, grads, m, v
     if params.size:
         fours = count_fours(*arrays)
@@ -116,9 +118,9 @@ def adamw_update(params, grads, m, v, settings, work=None):
     params, m and v change in place. m and v are the running means of the
     gradient and of its square, zero before the first step. settings: an
     AdamW; its decay applies to every element. work: a device's array of
-    `adamw_scratch()` floats, or None to have one made. The settings are
-    copied to the device, on its default stream: a CUDA graph cannot record
-    that, only `adamw_apply`. Raises TypeError or ValueError for arrays that
+    `adamw_scratch()` floats at a multiple of 16 bytes, or None to have one
+    made. The settings are copied to the device, on its default stream: a CUDA
+    graph cannot record that, only `adamw_apply`. Raises TypeError or ValueError for arrays that
     do not fit and settings out of range, before it launches anything.
 
     Derived in chapter 3.10.
@@ -170,9 +172,9 @@ def _root_of_sum(work, blocks):
 
 # by how much to scale
 @device
-def _clip_factor(norm, bits, max_norm):
-    """The factor of (1.12.14); 1 where the bits are NaN's or infinity's."""
-    if bits & EXPONENT == EXPONENT:
+def _clip_factor(norm, max_norm):
+    """The factor of (1.12.14); 1 where the norm is infinite or NaN."""
+    if not norm <= LARGEST:
         return ONE
     length = norm + TINY
     return max_norm / length if length > max_norm else ONE
@@ -180,8 +182,8 @@ def _clip_factor(norm, bits, max_norm):
 
 # scale
 @kernel(fastmath=False)
-def _shrink(grads, work, bits, max_norm, fours):
-    factor = _clip_factor(work[0], bits[0], max_norm)
+def _shrink(grads, work, max_norm, fours):
+    factor = _clip_factor(work[0], max_norm)
     if factor == ONE:
         return
     i = cuda.grid(1)
@@ -196,10 +198,9 @@ def _shrink(grads, work, bits, max_norm, fours):
 def shrink(grads, max_norm, work):
     """Scale a flat array whose norm is in work[0]; nothing waits."""
     if grads.size:
-        bits, fours = work[:1].view(np.int32), count_fours(grads)
-        most = np.float32(min(max_norm, LARGEST))
+        fours, most = count_fours(grads), min(max_norm, float(LARGEST))
         grid = -(-(grads.size - 3 * fours) // BLOCK)
-        _shrink[grid, BLOCK](grads, work, bits, most, fours)
+        _shrink[grid, BLOCK](grads, work, np.float32(most), fours)
 
 
 # the norm and the clip, for a graph

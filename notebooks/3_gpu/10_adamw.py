@@ -35,8 +35,8 @@
 # - count what vectors of four save an update, and what they do not;
 # - sum 124 million squares on a GPU in one order, and say why float32 is
 #   enough for it;
-# - ask on the device whether a number is finite, although the compiler was
-#   promised that all are.
+# - ask on the device whether a number is finite, and say what the compiler
+#   must not be promised then.
 #
 # No GPU has run these kernels. They run on the simulator; they are compiled
 # for two generations of GPU, and what the compiler made of them is checked.
@@ -61,14 +61,8 @@ import math
 import numpy as np
 
 from llmnb.cuda.elementwise import BLOCK, count_fours
-from llmnb.gpu.launch import (
-    DEVICE,
-    aligned,
-    device,
-    given_work,
-    kernel,
-    to_host,
-)
+from llmnb.gpu.launch import DEVICE, aligned, device, given_work, kernel
+from llmnb.gpu.launch import to_host
 from llmnb.gpu.simulator import cuda, load4, store4
 from llmnb.gpu.warp import block_sum
 from llmnb.shapes import shapes
@@ -79,8 +73,7 @@ SETTINGS = 8  # numbers: seven of AdamW, and one to fill two vectors
 NORM_BLOCKS = 1024  # blocks at most that sum squares
 ZERO, ONE = np.float32(0), np.float32(1)
 TINY = np.float32(1e-6)  # (1.12.14)
-LARGEST = float(np.finfo(np.float32).max)
-EXPONENT = np.int32(0x7F800000)  # the bits of a float32's exponent
+LARGEST = np.finfo(np.float32).max
 
 # %% the seed
 rng = np.random.default_rng(10)
@@ -173,8 +166,10 @@ ADAMW_APPLY = (adamw_by_elements,)
 #
 # The bytes cannot be fewer, the requests can. Each thread takes four
 # neighbours, and the settings come in two vectors as well, which is why there
-# is an eighth. Up to three elements at the end get a thread each, and so do all
-# elements of a view that begins at no multiple of 16 bytes: `count_fours` of
+# is an eighth, and why they must begin at a multiple of 16 bytes: anywhere else
+# a GPU stops with an error, and no array of the program can be read any more. Up
+# to three elements at the end get a thread each, and so do all elements of a view that
+# begins at no such multiple: `count_fours` of
 # [chapter 3.5](05_elementwise.ipynb) says 0 of it.
 
 
@@ -224,11 +219,15 @@ def adamw_apply(params, grads, m, v, settings):
     """Take one step of AdamW with settings that are on the device.
 
     params, grads, m, v: a device's arrays, float32, flat, of one length.
-    settings: what `adamw_settings` computed, on the device. Allocates
-    nothing and does not wait: a CUDA graph may record it, and new settings
-    may be copied into the array before the graph is launched again. Raises
-    TypeError or ValueError for arrays that do not fit.
+    settings: what `adamw_settings` computed, on the device, at a multiple of
+    16 bytes. Allocates nothing and does not wait: a CUDA graph may record it,
+    and new settings may be copied into the array before the graph is launched
+    again. Raises TypeError or ValueError for arrays that do not fit.
     """
+    if not aligned(settings):
+        raise ValueError(
+            "adamw_apply: settings must begin at a multiple of 16 bytes"
+        )
     arrays = params, grads, m, v
     if params.size:
         fours = count_fours(*arrays)
@@ -244,9 +243,9 @@ def adamw_update(params, grads, m, v, settings, work=None):
     params, m and v change in place. m and v are the running means of the
     gradient and of its square, zero before the first step. settings: an
     AdamW; its decay applies to every element. work: a device's array of
-    `adamw_scratch()` floats, or None to have one made. The settings are
-    copied to the device, on its default stream: a CUDA graph cannot record
-    that, only `adamw_apply`. Raises TypeError or ValueError for arrays that
+    `adamw_scratch()` floats at a multiple of 16 bytes, or None to have one
+    made. The settings are copied to the device, on its default stream: a CUDA
+    graph cannot record that, only `adamw_apply`. Raises TypeError or ValueError for arrays that
     do not fit and settings out of range, before it launches anything.
     """
     factors = adamw_settings(settings)
@@ -293,8 +292,8 @@ for name, run in ("element", adamw_by_elements), ("four", adamw_apply):
     print(f"{name:8} {seen.requests:4} requests, {seen.sectors} sectors")
 
 # %% [markdown]
-# The seven arrays hold $7 \cdot 129 = 903$ sectors in both versions. The
-# rest of the sectors are the settings, the same few bytes over and over,
+# Four arrays are read and three of them written, $7 \cdot 129 = 903$ sectors in
+# both versions. The rest of the sectors are the settings, the same few bytes over and over,
 # which come from a cache. Vectors do not change what is moved, they change how
 # often it is asked for: about a quarter of the warps, with fewer requests
 # each.
@@ -359,10 +358,9 @@ moving("threads", "two blocks add to one number", walks=[steps], **names)
 # 3. A second kernel of one block adds these numbers in the same way and
 #    writes the root.
 #
-# A second kernel and not a barrier, because there is none across blocks:
-# only the end of a launch orders all of them before what comes next. The
-# number of blocks depends on the length alone, up to 1024, and not on the
-# GPU.
+# A second kernel and not a barrier, because a plain launch has none across
+# blocks: only its end orders all of them before what comes next. The number of
+# blocks depends on the length alone, up to 1024, and not on the GPU.
 
 # %% who sums what
 place = np.arange(32) // 4
@@ -435,20 +433,17 @@ def _root_of_sum(work, blocks):
 # all that is under way, and a graph could not record it.
 #
 # So the question whether the norm is finite must be asked on the device
-# now. `norm <= LARGEST` would ask it, since infinity and NaN both fail. But
-# `fastmath` promises the compiler that there are no such numbers, and it may
-# then drop the question. Nothing is promised of integers. A float32 is
-# infinite or NaN exactly if the eight bits of its exponent are all ones, and
-# `work[:1].view(np.int32)` is the norm's bits. Where they say so, the
-# gradients are left as they are. The sums may meet infinity and NaN too, so
-# all kernels of the norm and the clip are compiled without `fastmath`.
+# now. `norm <= LARGEST` asks it, since infinity and NaN both fail, and where it
+# fails the gradients are left as they are. But `fastmath` would promise the
+# compiler that there are no such numbers, and it might then drop the question.
+# So all kernels of the norm and the clip are compiled without it.
 
 
 # %% by how much to scale tags=["exporti"]
 @device
-def _clip_factor(norm, bits, max_norm):
-    """The factor of (1.12.14); 1 where the bits are NaN's or infinity's."""
-    if bits & EXPONENT == EXPONENT:
+def _clip_factor(norm, max_norm):
+    """The factor of (1.12.14); 1 where the norm is infinite or NaN."""
+    if not norm <= LARGEST:
         return ONE
     length = norm + TINY
     return max_norm / length if length > max_norm else ONE
@@ -456,8 +451,8 @@ def _clip_factor(norm, bits, max_norm):
 
 # %% scale tags=["exporti"]
 @kernel(fastmath=False)
-def _shrink(grads, work, bits, max_norm, fours):
-    factor = _clip_factor(work[0], bits[0], max_norm)
+def _shrink(grads, work, max_norm, fours):
+    factor = _clip_factor(work[0], max_norm)
     if factor == ONE:
         return
     i = cuda.grid(1)
@@ -472,10 +467,9 @@ def _shrink(grads, work, bits, max_norm, fours):
 def shrink(grads, max_norm, work):
     """Scale a flat array whose norm is in work[0]; nothing waits."""
     if grads.size:
-        bits, fours = work[:1].view(np.int32), count_fours(grads)
-        most = np.float32(min(max_norm, LARGEST))
+        fours, most = count_fours(grads), min(max_norm, float(LARGEST))
         grid = -(-(grads.size - 3 * fours) // BLOCK)
-        _shrink[grid, BLOCK](grads, work, bits, most, fours)
+        _shrink[grid, BLOCK](grads, work, np.float32(most), fours)
 
 
 # %% the norm and the clip, for a graph tags=["export"]
@@ -620,7 +614,7 @@ verdict("one by one", straight > 1e-6, "err > 1e-06")
 # - A sum with a fixed order gives the same bits in each run, and short chains
 #   of additions make float32 enough for it.
 # - A promise to the compiler that all numbers are finite is a promise not to
-#   ask; the bits of a float may still be asked.
+#   ask: a kernel that asks is compiled without it.
 
 # %% [markdown]
 # ## Exercises
