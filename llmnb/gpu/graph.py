@@ -22,8 +22,9 @@ class Graph:
     and does nothing else: it must not allocate, copy or wait. like: one of
     those arrays. A call runs the function as it is on the simulated GPU,
     and so does the first call on a real one, which compiles what is not
-    compiled yet. The second call there records what is launched, as a CUDA
-    graph, and from then on a call launches the record. A record holds
+    compiled yet; if an error ends it, the next call does so again. The second
+    call there records what is launched, as a CUDA graph, and from then on a
+    call launches the record. A record holds
     addresses and numbers: what is to change between two calls must lie in
     the arrays. Raises RuntimeError when the driver refuses.
 
@@ -31,13 +32,13 @@ class Graph:
     """
 
     def __init__(self, function, like):
-        self.function, self.calls, self._made = function, 0, None
+        self.function, self._compiled, self._made = function, False, None
         self._simulated = isinstance(like, DeviceArray)
 
     def __call__(self):
-        self.calls += 1
-        if self._simulated or self.calls == 1:
+        if self._simulated or not self._compiled:
             self.function()
+            self._compiled = True
             return
         from cuda.bindings import driver
 

@@ -53,7 +53,7 @@ from llmnb.model.tensors import parameter_count
 # no change: `ops` is `llmnb.cuda`. What does change is where the memory is, and
 # who waits for whom.
 #
-# A GPU has memory of its own. Kernels reach nothing else, and the processor
+# A GPU has memory of its own. Our kernels reach nothing else, and the processor
 # that runs Python, called the *host*, reaches it only by copies over a bus. By
 # its data sheet an H100's moves 64 GB/s each way, a fiftieth of what its memory
 # does. A model that copied its activations back and forth would do little else.
@@ -63,8 +63,10 @@ from llmnb.model.tensors import parameter_count
 # come down, the loss of each token and the norm of the gradient.
 #
 # A launch does not wait. It puts a kernel into a queue and returns, and the
-# GPU works the queue off in order. Only a copy to the host must wait until
-# what it copies is there. Between two copies the host may run ahead.
+# GPU works the queue off in order. A copy to the host must wait until what it
+# copies is there. A copy from an ordinary array of the host's waits too: by
+# NVIDIA's manual of the driver, for what was queued before it. Between two
+# copies the host may run ahead.
 
 # %% what crosses the bus in a step of GPT-2
 B, T, settings = 4, 1024, 2 * 8
@@ -362,7 +364,7 @@ class Backend(backend.Backend):
 # %% [markdown]
 # Here is a GPT-2 of two blocks on the device. Where there is no GPU, a
 # warning says so, once, and the kernels run on the simulator of
-# [chapter 3.1](../3_gpu/01_threads.ipynb); we keep it quiet, so that this page reads the
+# [chapter 3.1](01_threads.ipynb); we keep it quiet, so that this page reads the
 # same everywhere. We also ask for our own products, because their launches
 # are to be counted.
 
@@ -421,20 +423,21 @@ class Graph:
     and does nothing else: it must not allocate, copy or wait. like: one of
     those arrays. A call runs the function as it is on the simulated GPU,
     and so does the first call on a real one, which compiles what is not
-    compiled yet. The second call there records what is launched, as a CUDA
-    graph, and from then on a call launches the record. A record holds
+    compiled yet; if an error ends it, the next call does so again. The second
+    call there records what is launched, as a CUDA graph, and from then on a
+    call launches the record. A record holds
     addresses and numbers: what is to change between two calls must lie in
     the arrays. Raises RuntimeError when the driver refuses.
     """
 
     def __init__(self, function, like):
-        self.function, self.calls, self._made = function, 0, None
+        self.function, self._compiled, self._made = function, False, None
         self._simulated = isinstance(like, DeviceArray)
 
     def __call__(self):
-        self.calls += 1
-        if self._simulated or self.calls == 1:
+        if self._simulated or not self._compiled:
             self.function()
+            self._compiled = True
             return
         from cuda.bindings import driver
 
@@ -533,8 +536,9 @@ for name, want in exact.grads.items():
     verdict(f"d{name}", close, "within 5e-06 of float64")
 
 # %% [markdown]
-# `seen.launches` holds what was launched, so we can count: by the layer that
-# a kernel belongs to, and what a model of any depth $L$ launches in a step.
+# `seen.launches` holds what this model of two blocks launched, so we can count:
+# by the layer that a kernel belongs to, and, beside a model of one block, what
+# one of any depth $L$ launches in a step.
 
 # %% launches, counted
 from collections import Counter
@@ -623,11 +627,11 @@ plt.show()
 #
 # :::{admonition} Solution to exercise 1
 # :class: dropdown
-# `forward`, which copies the losses to the host, and `clip_gradients`, which
-# copies the norm. `backward` only launches. `update` copies numbers to the
-# device and launches. The kernels and their order are the same either way,
-# and each of them adds in an order of its own that never changes, so the
-# bits are the same.
+# `forward`, which copies the batch up and the losses down, and
+# `clip_gradients`, which copies the norm. `backward` only launches. `update`
+# copies its numbers up, and that waits for the kernel that clips. The kernels
+# and their order are the same either way, and each of them adds in an order of
+# its own that never changes, so the bits are the same.
 # :::
 
 

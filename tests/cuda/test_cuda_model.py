@@ -7,6 +7,7 @@ import sys
 import warnings
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import count
 from types import SimpleNamespace
 
 import numpy as np
@@ -180,9 +181,10 @@ def test_what_a_graph_asks_of_the_driver(driver):
 
 def test_a_failure_while_a_graph_is_recorded(driver):
     """The stream stops recording, and the next call records again."""
+    calls = count(1)
 
     def function():
-        if graph.calls == 2:
+        if next(calls) == 2:
             raise KeyError("x")
 
     graph = Graph(function, like=None)
@@ -191,6 +193,23 @@ def test_a_failure_while_a_graph_is_recorded(driver):
         graph()
     assert driver.calls == ["cuStreamBeginCapture", "cuStreamEndCapture"]
     assert launch.stream_address() == 0
+    graph()
+    assert driver.calls[-1] == "cuGraphLaunch"
+
+
+def test_a_first_call_that_an_error_ends(driver):
+    """What it was to compile may not be: the next call does not record."""
+    calls = count(1)
+
+    def function():
+        if next(calls) == 1:
+            raise KeyboardInterrupt
+
+    graph = Graph(function, like=None)
+    with pytest.raises(KeyboardInterrupt):
+        graph()
+    graph()
+    assert not driver.calls
     graph()
     assert driver.calls[-1] == "cuGraphLaunch"
 
