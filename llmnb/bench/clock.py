@@ -20,6 +20,7 @@ from llmnb.gpu.toolkit import numba_cuda
 
 # three kernels that measure
 _CHAINS, _UNROLLED = 16, 8  # of multiply-adds: independent, and in a row
+_SWEEPS = 10  # after which the host waits for the GPU
 
 
 @kernel(launch_bounds=256)
@@ -73,11 +74,20 @@ class Clock:
         self._block, self._wait = to_device(block), real.synchronize
         self._sums = empty(256 * self._grid, like=self._block)
         self._marks = real.event(), real.event()
-        swept = min(self._between(self._sweep) for _ in range(5))
-        self._swept = max(swept, 1e-6)
+        self._sweep()  # compiles
+        self._behind = max(min(self._lag() for _ in range(5)), 1e-6)
 
     def _sweep(self):
         _sweep[self._grid, 256](self._sums, self._block)
+
+    def _lag(self):
+        """Seconds by which a sweep puts the GPU behind the host."""
+        self._wait()
+        for _ in range(_SWEEPS):
+            self._sweep()
+        start = time.perf_counter()
+        self._wait()
+        return (time.perf_counter() - start) / _SWEEPS
 
     def _between(self, run):
         start, end = self._marks
@@ -97,7 +107,7 @@ class Clock:
         self._wait()
 
         def seconds():
-            for _ in range(1 + int(2 * launching / self._swept)):
+            for _ in range(1 + int(2 * launching / self._behind)):
                 self._sweep()
             return self._between(run)
 

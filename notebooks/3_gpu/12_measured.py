@@ -79,6 +79,7 @@ from llmnb.gpu.toolkit import numba_cuda
 
 # %% three kernels that measure tags=["exporti"] module="bench.clock"
 _CHAINS, _UNROLLED = 16, 8  # of multiply-adds: independent, and in a row
+_SWEEPS = 10  # after which the host waits for the GPU
 
 
 @kernel(launch_bounds=256)
@@ -146,9 +147,11 @@ print(f"{seen.sectors} sectors moved; the least are {least}")
 
 # %% [markdown]
 # `Clock` puts the events around what it is given. It asks how long the host
-# takes to launch it, and sweeps as often as covers twice that. A GPU changes
-# its clock rate as it warms up, and so kernels that are compared take turns
-# too, as programs do, and the median is taken over the rounds.
+# takes to launch that, and by how much a sweep puts the GPU behind the host:
+# less than a sweep takes, since a sweep must be launched as well. Then it sweeps
+# as often as covers twice the launching. A GPU changes its clock rate as it
+# warms up, and so kernels that are compared take turns too, as programs do, and
+# the median is taken over the rounds.
 #
 # No GPU has run these lines yet. What could be tried without one has been:
 # the kernels in the simulator, and the order of events and launches on a
@@ -171,11 +174,20 @@ class Clock:
         self._block, self._wait = to_device(block), real.synchronize
         self._sums = empty(256 * self._grid, like=self._block)
         self._marks = real.event(), real.event()
-        swept = min(self._between(self._sweep) for _ in range(5))
-        self._swept = max(swept, 1e-6)
+        self._sweep()  # compiles
+        self._behind = max(min(self._lag() for _ in range(5)), 1e-6)
 
     def _sweep(self):
         _sweep[self._grid, 256](self._sums, self._block)
+
+    def _lag(self):
+        """Seconds by which a sweep puts the GPU behind the host."""
+        self._wait()
+        for _ in range(_SWEEPS):
+            self._sweep()
+        start = time.perf_counter()
+        self._wait()
+        return (time.perf_counter() - start) / _SWEEPS
 
     def _between(self, run):
         start, end = self._marks
@@ -195,7 +207,7 @@ class Clock:
         self._wait()
 
         def seconds():
-            for _ in range(1 + int(2 * launching / self._swept)):
+            for _ in range(1 + int(2 * launching / self._behind)):
                 self._sweep()
             return self._between(run)
 

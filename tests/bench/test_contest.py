@@ -253,23 +253,31 @@ def test_the_kernels_that_measure():
 
 
 class Gpu:
-    """A GPU made up: a queue of work, each of which takes its time."""
+    """A GPU made up: a queue of work, each of which takes its time.
+
+    now: until when there is something in the queue; host: the host's time.
+    """
 
     MULTIPROCESSOR_COUNT, L2_CACHE_SIZE = 2, 1 << 20
 
     def __init__(self):
-        self.log, self.now = [], 0.0
+        self.log, self.now, self.host, self.launch = [], 0.0, 0.0, 0.0
 
-    def work(self, name, seconds):
+    def work(self, name, seconds, launch=None):
         self.log.append(name)
-        self.now += seconds
+        self.host += self.launch if launch is None else launch
+        self.now = max(self.now, self.host) + seconds
+
+    def synchronize(self):
+        self.log.append("synchronize")
+        self.host = max(self.host, self.now)
 
     def event(self):
         mark = SimpleNamespace(synchronize=lambda: self.log.append("wait"))
 
         def record():
             self.log.append("mark")
-            mark.at = self.now
+            mark.at = self.now = max(self.now, self.host)
 
         mark.record = record
         mark.elapsed_time = lambda other: 1e3 * (other.at - mark.at)
@@ -282,8 +290,9 @@ def gpu(monkeypatch):
     real = SimpleNamespace(
         get_current_device=lambda: gpu,
         event=gpu.event,
-        synchronize=lambda: gpu.log.append("synchronize"),
+        synchronize=gpu.synchronize,
     )
+    monkeypatch.setattr("time.perf_counter", lambda: gpu.host)
     monkeypatch.setattr(numba, "cuda", real, raising=False)
     monkeypatch.setitem(sys.modules, "numba.cuda", real)
     monkeypatch.setattr(clock, "to_device", simulated)
@@ -292,13 +301,16 @@ def gpu(monkeypatch):
     return gpu
 
 
-@pytest.mark.parametrize(("launching", "sweeps"), [(2.1e-4, 5), (0.0, 1)])
+@pytest.mark.parametrize(
+    ("launching", "launch", "sweeps"),
+    [(2.1e-4, 0.0, 5), (2.1e-4, 8e-5, 16), (0.0, 0.0, 1)],
+)
 def test_the_clock_sweeps_before_the_first_mark(
-    gpu, monkeypatch, launching, sweeps
+    gpu, launching, launch, sweeps
 ):
-    timer, times = clock.Clock(), iter([0.0, launching])
-    monkeypatch.setattr("time.perf_counter", lambda: next(times))
-    seconds = timer.timer(lambda: gpu.work("run", 3e-5))
+    """So often that the GPU is behind the host: launch is a sweep's."""
+    gpu.launch = launch
+    seconds = clock.Clock().timer(lambda: gpu.work("run", 3e-5, launching))
     gpu.log.clear()
     assert seconds() == pytest.approx(3e-5)
     assert gpu.log == ["sweep"] * sweeps + ["mark", "run", "mark", "wait"]
