@@ -29,8 +29,8 @@
 # SXM. The same sheets say 312 and 989 TFLOP/s for *tensor cores* with factors
 # in bfloat16, and sums in float32. A tensor core does not serve a lane. It
 # takes two small matrices from a warp and hands back their product, so that
-# one fetch of an instruction, and one read of each register, serves thousands
-# of FMAs. At the end of this chapter you can
+# one fetch of an instruction, and one read of each register, serves two
+# thousand FMAs. At the end of this chapter you can
 #
 # - say which lane holds which element of the factors and of the sums;
 # - bring a tile to the lanes in that order, with `ldmatrix`, and to shared
@@ -546,10 +546,13 @@ verdict("the same", np.array_equal(got, out), "bit for bit")
 # serves 1.6 FMAs instead of a twelfth of one.
 # :::
 
+# %% exercise 1, bytes and FMAs tags=["hide-cell"]
+nbytes, fmas = (4 + 2 + 4) * 32 * 4, 16 * 16 * 8
+
 # %% exercise 1, checked
-registers = 4 + 2 + 4
-verdict("bytes", registers * 128 == 1280, "1,280")
-verdict("FMAs", 16 * 16 * 8 == 64 * 32, "64 a lane")
+held = 2 * A_ROWS.size + 2 * B_ROWS.size + 4 * C_ROWS.size
+verdict("bytes", nbytes == held, "all that the tables name")
+verdict("FMAs", fmas == len(a) * b.size, "each row of A by all of B")
 
 # %% [markdown]
 # ## Further reading
