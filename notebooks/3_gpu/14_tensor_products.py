@@ -565,8 +565,10 @@ plt.show()
 # chunks in another way: no column of this picture has a chunk twice.*
 
 # %% exercise 1, checked
-columns = [set((lies % 10 == c).argmax(axis=1)) for c in range(4)]
-verdict("a chunk", all(len(x) > 1 for x in columns), "moves from line to line")
+places = [10 * row + chunk for row in range(8) for chunk in range(4)]
+verdict("a place", sorted(lies.ravel()) == places, "for each row and chunk")
+once = all(len(set(column % 10)) == 4 for column in lies.T)
+verdict("a column", once, "has each chunk once")
 
 # %% [markdown]
 # ## Further reading
