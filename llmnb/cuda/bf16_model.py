@@ -13,7 +13,8 @@ import numpy as np
 from llmnb.arena import Arena
 from llmnb.cuda import bf16_attention, bf16_layers, bf16_matmul, model
 from llmnb.cuda.bf16_layers import round_bf16, widen_bf16
-from llmnb.gpu.launch import address
+from llmnb.gpu.launch import address, missing
+from llmnb.gpu.toolkit import numba_cuda
 from llmnb.reference.bfloat16 import from_bfloat16
 
 
@@ -121,18 +122,32 @@ MISSING = (
 )  # fmt: skip
 
 
+def _check_generation():
+    """Raise ValueError for a GPU whose tensor cores take no bfloat16."""
+    if missing():
+        return
+    found = numba_cuda().get_current_device().compute_capability
+    if tuple(found) < (8, 0):
+        raise ValueError(
+            "GPT2: precision 'bf16' needs a GPU of generation 8.0 or later, "
+            f"and this is {'.'.join(map(str, found))}; take 'fp32'"
+        )
+
+
 class HalfBackend(model.Backend):
     """A GPU that trains in bfloat16: float32 parameters, halves elsewhere.
 
     For GPT-2's layers and those of chapter 5.12. Raises ValueError for a
-    model that has others, for channels that are no multiple of 8 and heads
-    that tensor cores do not take.
+    GPU before generation 8.0, for a model that has other layers, for
+    channels that are no multiple of 8 and heads that tensor cores do not
+    take.
 
     Derived in chapter 3.16.
     """
 
     def groups(self, cfg, batch_size, seq_len):
         """Scratch memory for the layers, and a place for AdamW's settings."""
+        _check_generation()
         for name in MISSING:
             if getattr(cfg, name, None):
                 raise ValueError(

@@ -541,7 +541,9 @@ def fused_classifier_bf16(losses, lse, logits, dlosses, targets, V):
 # biases are read. The encoder's backward pass is that of float32: the buffer
 # `stream` is for the gradient that it wants, widened from bfloat16. A Llama's
 # layers in bfloat16 come in [chapter 5.12](../5_modern/12_bfloat16.ipynb), and
-# the backend takes them too; what no chapter has is `MISSING`.
+# the backend takes them too; what no chapter has is `MISSING`. The instructions
+# of [chapter 3.13](13_tensor_cores.ipynb) begin with the A100, of NVIDIA's
+# generation 8.0: a T4, 7.5, has none of them, and is told so.
 
 # %% imports of the backend tags=["export"]
 from functools import partial
@@ -551,7 +553,8 @@ import numpy as np
 from llmnb.arena import Arena
 from llmnb.cuda import bf16_attention, bf16_layers, bf16_matmul, model
 from llmnb.cuda.bf16_layers import round_bf16, widen_bf16
-from llmnb.gpu.launch import address
+from llmnb.gpu.launch import address, missing
+from llmnb.gpu.toolkit import numba_cuda
 from llmnb.reference.bfloat16 import from_bfloat16
 
 # %% the memory tags=["exporti"]
@@ -658,16 +661,30 @@ MISSING = (
 )  # fmt: skip
 
 
+def _check_generation():
+    """Raise ValueError for a GPU whose tensor cores take no bfloat16."""
+    if missing():
+        return
+    found = numba_cuda().get_current_device().compute_capability
+    if tuple(found) < (8, 0):
+        raise ValueError(
+            "GPT2: precision 'bf16' needs a GPU of generation 8.0 or later, "
+            f"and this is {'.'.join(map(str, found))}; take 'fp32'"
+        )
+
+
 class HalfBackend(model.Backend):
     """A GPU that trains in bfloat16: float32 parameters, halves elsewhere.
 
     For GPT-2's layers and those of chapter 5.12. Raises ValueError for a
-    model that has others, for channels that are no multiple of 8 and heads
-    that tensor cores do not take.
+    GPU before generation 8.0, for a model that has other layers, for
+    channels that are no multiple of 8 and heads that tensor cores do not
+    take.
     """
 
     def groups(self, cfg, batch_size, seq_len):
         """Scratch memory for the layers, and a place for AdamW's settings."""
+        _check_generation()
         for name in MISSING:
             if getattr(cfg, name, None):
                 raise ValueError(
@@ -799,10 +816,14 @@ verdict("it learns", half[-1] < half[0] - 1, "by more than 1")
 # leaves, for its lower neighbour is nearer.
 # :::
 
+# %% exercise 1, where it begins tags=["hide-cell"]
+begins = 0.125
+
 # %% exercise 1, checked
-for value, leaves in ((0.12, True), (0.125, True), (0.1259765625, False)):
-    moved = nearest(nearest(value) - np.float32(RATE)) != nearest(value)
-    verdict(str(value), moved == leaves, "leaves" if leaves else "stays")
+every = from_bfloat16(np.arange(0x3D00, 0x3F80, dtype=np.uint16))  # to 1
+moved = [nearest(x - np.float32(RATE)) != x for x in every]
+verdict("up to it", all(np.array(moved)[every <= begins]), "all leave")
+verdict("above it", not any(np.array(moved)[every > begins]), "all stay")
 
 # %% [markdown]
 # ## Further reading

@@ -101,6 +101,23 @@ def test_what_bfloat16_has_no_layers_for_is_refused(cfg, what):
         model(cfg)
 
 
+OLD = """
+from llmnb import GPT2, GPT2Config
+try:
+    GPT2(GPT2Config(16, 61, 1, 2, 32), 1, 5, "cuda", "bf16", seed=None)
+except ValueError as error:
+    print(error)
+print(*counts("allocations"))
+"""
+
+
+def test_a_gpu_without_bfloat16_is_refused(on_standin):
+    """And not by its assembler, once the memory is taken."""
+    said = on_standin(OLD, STANDIN_GENERATION="75").splitlines()
+    assert "needs a GPU of generation 8.0 or later, and this is 7.5" in said[0]
+    assert said[1] == "0"
+
+
 @pytest.mark.parametrize(
     ("cfg", "B", "T", "launches", "GB"),
     [((), 16, 1024, 360, 7.5), ("smollm2-135m", 1, 64, 900, 2.4)],
