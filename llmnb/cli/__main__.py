@@ -76,6 +76,7 @@ def main(argv=None):
     with screens():
         argv = sys.argv[1:] if argv is None else argv
         command, args = _parsed(argv)
+        args.argv = argv
         try:
             with warnings.catch_warnings():
                 warnings.showwarning = warn

@@ -8,7 +8,6 @@ __all__ = ["BenchOptions", "FILE", "NAMED", "OPTIONS", "run"]
 # its options
 import json
 import re
-import sys
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -113,9 +112,9 @@ def _run(args, group):
     elif args.total_batch:
         raise ValueError("--total-batch is of a group: start it with mpirun")
     result = measure(args)
-    print(_json(result) if args.json == "-" else report(result))
+    print(_json(args, result) if args.json == "-" else report(result))
     if group.first:
-        _keep(args.json, result)
+        _keep(args, result)
     if args.plot:
         from matplotlib import style
 
@@ -125,16 +124,15 @@ def _run(args, group):
             draw(result).savefig(file, format="png")
 
 
-def _json(result):
+def _json(args, result):
     """A result as text, after the command that measured it."""
-    result = {"command": _command(sys.argv[1:])} | result
-    return json.dumps(result, indent=1)
+    return json.dumps({"command": _command(args.argv)} | result, indent=1)
 
 
-def _keep(path, result):
+def _keep(args, result):
     """Write a result, or what there is of it so far, if a file is wanted."""
-    if path and path != "-":
-        write_whole(path, _json(result).encode() + b"\n")
+    if args.json and args.json != "-":
+        write_whole(args.json, _json(args, result).encode() + b"\n")
 
 
 # measure steps and kernels
@@ -144,7 +142,7 @@ def _steps(args):
         raise ValueError("--kernels needs a GPU: add --backend cuda")
     settings = _settings(args, ("fp32", "tf32" if gpu else "bf16"))
     bar = partial(progress_bar, unit="round", leave=False)
-    keep = partial(_keep, args.json)
+    keep = partial(_keep, args)
     result = bench(_configs_of(args), settings, args.start, bar, keep)
     if args.kernels is not None:
         bar = partial(progress_bar, unit="layer", leave=False)
@@ -211,5 +209,5 @@ def _configs_of(args):
 
 def _command(argv):
     """The command without the folders of this machine."""
-    words = [re.sub(r"[^ =]*[/\\]", "", word) for word in argv]
+    words = [re.sub(r"^([^=/\\]*=)?.*[/\\]", r"\1", x) for x in argv]
     return " ".join(["llmnb", *words])

@@ -338,6 +338,7 @@ def main(argv=None):
     with screens():
         argv = sys.argv[1:] if argv is None else argv
         command, args = _parsed(argv)
+        args.argv = argv
         try:
             with warnings.catch_warnings():
                 warnings.showwarning = warn
@@ -549,8 +550,8 @@ def _layout(config, cfg):
 # %% [markdown]
 # ## From a cell
 #
-# A notebook runs a command as a terminal does, and keeps what it prints. The
-# next two chapters do so too, with a run that takes seconds.
+# A notebook runs a command as a terminal does, and keeps what it prints. The next
+# chapters do so too; two of them with a run that takes seconds.
 
 # %% imports of the cell tags=["export"] module="cli.cell"
 from contextlib import redirect_stderr, redirect_stdout

@@ -16,7 +16,7 @@
 # > One report for all that is measured, and one command that times a training
 # > step, on the sizes that have names, against the contestants that you bring.
 #
-# *Reading time: 18 minutes. You need: [chapter A.8](../appendix/08_racing.ipynb)
+# *Reading time: 20 minutes. You need: [chapter A.8](../appendix/08_racing.ipynb)
 # and [chapter 4.23](23_commands.ipynb).*
 
 # %% [markdown]
@@ -31,6 +31,17 @@
 # - race PyTorch and llm.c, each in a process of its own;
 # - measure several processes that train together;
 # - keep all numbers as JSON, and draw where the time goes.
+
+# %% [markdown]
+# ## Setup
+
+# %% setup
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from llmnb.book.verify import verdict
+from llmnb.cli.cell import run_command
 
 # %% [markdown]
 # ## The report
@@ -322,7 +333,6 @@ print(report(made_up | {"contests": [contest]}))
 # %% its options tags=["export"] module="cli.bench"
 import json
 import re
-import sys
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -422,9 +432,9 @@ def _run(args, group):
     elif args.total_batch:
         raise ValueError("--total-batch is of a group: start it with mpirun")
     result = measure(args)
-    print(_json(result) if args.json == "-" else report(result))
+    print(_json(args, result) if args.json == "-" else report(result))
     if group.first:
-        _keep(args.json, result)
+        _keep(args, result)
     if args.plot:
         from matplotlib import style
 
@@ -434,16 +444,15 @@ def _run(args, group):
             draw(result).savefig(file, format="png")
 
 
-def _json(result):
+def _json(args, result):
     """A result as text, after the command that measured it."""
-    result = {"command": _command(sys.argv[1:])} | result
-    return json.dumps(result, indent=1)
+    return json.dumps({"command": _command(args.argv)} | result, indent=1)
 
 
-def _keep(path, result):
+def _keep(args, result):
     """Write a result, or what there is of it so far, if a file is wanted."""
-    if path and path != "-":
-        write_whole(path, _json(result).encode() + b"\n")
+    if args.json and args.json != "-":
+        write_whole(args.json, _json(args, result).encode() + b"\n")
 
 
 # %% measure steps and kernels tags=["exporti"] module="cli.bench"
@@ -453,7 +462,7 @@ def _steps(args):
         raise ValueError("--kernels needs a GPU: add --backend cuda")
     settings = _settings(args, ("fp32", "tf32" if gpu else "bf16"))
     bar = partial(progress_bar, unit="round", leave=False)
-    keep = partial(_keep, args.json)
+    keep = partial(_keep, args)
     result = bench(_configs_of(args), settings, args.start, bar, keep)
     if args.kernels is not None:
         bar = partial(progress_bar, unit="layer", leave=False)
@@ -526,19 +535,127 @@ def _configs_of(args):
 
 def _command(argv):
     """The command without the folders of this machine."""
-    words = [re.sub(r"[^ =]*[/\\]", "", word) for word in argv]
+    words = [re.sub(r"^([^=/\\]*=)?.*[/\\]", r"\1", x) for x in argv]
     return " ".join(["llmnb", *words])
 
+
+# %% [markdown]
+# ## Try it
+#
+# A tiny model in NumPy, which takes no compiling: three rounds, of one step each,
+# since a turn may be short.
+
+# %% a tiny model, timed
+SHAPE = (
+    "--num-layers 1 --num-heads 2 --channels 32 --seq-len 32 --batch-size 4 "
+    "--vocab-size 257 --backend reference --precision fp32"
+)
+place = TemporaryDirectory()
+file = Path(place.name, "tiny.json")
+how = "--steps", 3, "--turn", 0, "--json", file
+shown, _, code = run_command("bench", *SHAPE.split(), *how)
+verdict("bench", code == 0 and "where the time goes" in shown, "has measured")
+tiny = json.loads(file.read_text("utf-8"))
+(row,) = tiny["contests"][0]["contestants"]
+print(*tiny["command"].split()[-6:])
+print(len(row["seconds"]), "rounds")
+print(*[x["name"] for x in row["layers"]][:4], "...")
 
 # %% [markdown]
 # ## Take away
 #
 # - A result is a file: the command, the machine, every turn's time.
+# - What is shown is the median of the rounds, which one slow round does not move, and
+#   of ratios the lowest and the highest too.
 # - The command is kept without the folders of the machine it ran on.
 #
+# ## Exercises
+#
+# **1** (★). Which command races the 124M model of 64 tokens, in float32, against PyTorch
+# and the llm.c that you have built in `../llm.c`, ten rounds, keeps all numbers in
+# `race.json`, and draws where the time goes? `llmnb bench --help` says what there is.
+#
+# :::{admonition} Solution to exercise 1
+# :class: dropdown
+# `llmnb bench --config 124m-64 --precision fp32 --against torch
+# llmc=../llm.c/train_gpt2 --steps 10 --json race.json --plot race.png`. The cell
+# reads it as the command does, and says what the file would keep of it.
+# :::
+
+# %% exercise 1, checked tags=["hide-cell"]
+from llmnb.cli.__main__ import _parsed
+
+line = (
+    "bench --config 124m-64 --precision fp32 --against torch "
+    "llmc=../llm.c/train_gpt2 --steps 10 --json race.json --plot race.png"
+)
+_, asked = _parsed(line.split())
+wanted = {
+    "config": ("124m-64",),
+    "precision": ("fp32",),
+    "against": ("torch", "llmc=../llm.c/train_gpt2"),
+    "steps": 10,
+    "json": "race.json",
+}
+drawn = asked.given.pop("plot", None)
+verdict("exercise 1", drawn and asked.given == wanted, "what was asked for")
+print(_command(line.split()))
+
+# %% [markdown]
+# **2** (★★). The step of the made-up contest has 1.2 billion operations, and the
+# machine does at most 200 billion a second. Which share of that does the report
+# show? Which would it be of the mean time?
+#
+# :::{admonition} Solution to exercise 2
+# :class: dropdown
+# Half: the median is 12 ms, and $1.2 / 0.012$ are 100 billion a second. The mean is
+# 17.7 ms, of which it would be 34 %, for one slow round in three.
+# :::
+
+# %% exercise 2, checked tags=["hide-cell"]
+known = contest | {"work": 1.2e9, "limit": 200e9}
+rounds = ours["step_seconds"]
+known["contestants"] = [ours | {"seconds": rounds}]
+text = report(made_up | {"contests": [known]})
+verdict("exercise 2", " 50% |" in text, "half of the limit")
+print(f"of the mean {1.2e9 / (sum(rounds) / 3) / 200e9:.0%}")
+
+# %% [markdown]
+# **3** (★★). Write `heaviest(row, count)`: the names of the layers of a row that take
+# most of its step, forward and backward together, the heaviest first.
+#
+# :::{admonition} Solution to exercise 3
+# :class: dropdown
+# `_layer_bars`, from which the bars are drawn, has each layer's milliseconds by way;
+# what is left is a sum and a sort.
+# :::
+
+
+# %% exercise 3, checked tags=["hide-cell"]
+def heaviest(row, count):
+    """The names of the layers that take most, forward and backward."""
+    bars = _layer_bars(row)
+    sums = {name: sum(ways.values()) for name, ways in bars.items()}
+    return sorted(sums, key=sums.get, reverse=True)[:count]
+
+
+seconds = {
+    "matmul_forward": 4,
+    "matmul_backward": 5,
+    "adamw_update": 6,
+    "gelu_forward": 1,
+    "gelu_backward": 2,
+    "encoder_forward": 1,
+}
+layers = [{"name": k, "seconds": x} for k, x in seconds.items()]
+found = heaviest({"layers": layers}, 3)
+verdict("exercise 3", found == ["matmul", "adamw_update", "gelu"], "in order")
+
+# %% [markdown]
 # ## What llmnb gained
 
 # %% what llmnb gained
 from llmnb.book.index import gained
 
+place.cleanup()
 gained("4.26")

@@ -520,7 +520,6 @@ def test_the_command(monkeypatch, capsys, tmp_path):
         monkeypatch.setattr(place, "no_times", lambda: WHY)
     path = tmp_path / "gpu.json"
     asked = ["bench", "--backend", "cuda", "--kernels", "encoder_forward"]
-    monkeypatch.setattr(sys, "argv", ["llmnb", *asked])
     assert not main([*asked, "--json", str(path)])
     text = capsys.readouterr().out
     assert "encoder_forward" in text and WHY in text

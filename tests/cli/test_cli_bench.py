@@ -37,6 +37,7 @@ def test_bench(llmnb, tmp_path, monkeypatch):
     assert contest["model"]["vocab_size"] == 300
     assert contest["batch_size"] == 2 and contest["kind"] == "step"
     assert (tmp_path / "a.png").read_bytes()[:4] == b"\x89PNG"
+    assert found["command"].startswith("llmnb bench --steps 2 --json a.json")
 
 
 def test_bench_prints_json(done):
@@ -47,10 +48,16 @@ def test_bench_prints_json(done):
     assert row["name"] == "llmnb fp32" and row["threads"] == 1
 
 
-def test_bench_writes_no_folders_of_this_machine():
-    argv = ["bench", "--json", "/a/b.json", "--against", "llmc=../c/d"]
-    found = bench_command._command(argv)
-    assert found == "llmnb bench --json b.json --against llmc=d"
+@pytest.mark.parametrize(("word", "kept"), [
+    ("/a/b.json", "b.json"),
+    ("llmc=../c/d", "llmc=d"),
+    ("llmc=/my files/c=d/e", "llmc=e"),
+    ("--json=C:\\my files\\b.json", "--json=b.json"),
+    ("/my files/a=b/c", "c"),
+])  # fmt: skip
+def test_bench_writes_no_folders_of_this_machine(word, kept):
+    found = bench_command._command(["bench", "--steps", "3", word])
+    assert found == f"llmnb bench --steps 3 {kept}"
 
 
 def test_bench_takes_named_configurations(llmnb, monkeypatch):
