@@ -43,7 +43,7 @@ def check_sampling(temperature, top_k, top_p):
     """
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature must be at least 0, got {temperature}")
-    if top_k is not None and (top_k != int(top_k) or top_k < 1):
+    if top_k is not None and (top_k % 1 != 0 or top_k < 1):
         raise ValueError(
             f"top_k must be a whole number of at least 1, got {top_k}"
         )

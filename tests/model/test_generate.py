@@ -145,6 +145,8 @@ SEED = r"must be in \[0, 2\*\*32\)"
         ({"temperature": np.inf}, ValueError, "must be at least 0, got inf"),
         ({"top_k": 0}, ValueError, "must be a whole number of at least 1"),
         ({"top_k": 2.5}, ValueError, "must be a whole number"),
+        ({"top_k": np.inf}, ValueError, "must be a whole number"),
+        ({"top_k": np.nan}, ValueError, "must be a whole number"),
         ({"top_p": 0}, ValueError, "must be above 0 and at most 1, got 0"),
         ({"top_p": 1.1}, ValueError, "must be above 0 and at most 1, got 1.1"),
         ({"top_p": np.nan}, ValueError, "must be above 0 and at most 1"),
