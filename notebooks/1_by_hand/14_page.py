@@ -299,16 +299,13 @@ wiring_figure("model")
 # The inner sum is what one layer's backward pass hands back; the outer one is the
 # circle.
 #
-# Between the layers of a GPT-2 three kinds of array are read so.
+# [Chapter 1.13](13_block.ipynb) named the three kinds of array that are read so. On
+# the page the sums are these:
 #
-# 1. **The stream.** Before each half block it is read twice: by the LayerNorm and by
-#    the sum. Through the sum the gradient comes back as it is, $1 \cdot dx$, and
-#    LayerNorm adds its share: `dx = dx + layernorm_back(...)`.
-# 2. **Queries, keys and values** are three products of the same `ln1`. Their weights
-#    are stored as one matrix, so (1.14.1) for them is one product: $dq\, W_q + dk\,
-#    W_k + dv\, W_v$ is `dqkv @ qkvw`, the last line of `linear_back`.
-# 3. **`wte`** is read when tokens become vectors and again when vectors become
-#    logits. Its gradient is written by one of the two and added to by the other.
+# 1. **The stream**: `dx = dx + layernorm_back(...)`.
+# 2. **`ln1`**: $dq\, W_q + dk\, W_k + dv\, W_v$ is one product, `dqkv @ qkvw`, the last
+#    line of `linear_back`.
+# 3. **`wte`**: `g["wte"] += ...` at the logits, `np.add.at(g["wte"], ...)` at the encoder.
 #
 # A gradient of a parameter is a sum as well, for the same reason: every token's
 # row reads the same weights. That is the sum over rows in `drows.T @ rows`, the
@@ -601,12 +598,13 @@ print("the logits' share reaches  ", reached[1])
 
 # %% [markdown]
 # **3** (★★★). Give the model a seventeenth tensor: weights `headw` of its own for
-# the logits, instead of `wte`. Which lines change? What becomes of the third sum?
+# the logits, instead of `wte`. Which lines change? What becomes of the sum in the
+# gradient of `wte`?
 #
 # :::{admonition} Solution to exercise 3
 # :class: dropdown
 # Three lines: the logits in `forward`, and the two lines in `backward` that name
-# `wte` next to `dlogits`. The third sum is gone: each table has one reader. The model
+# `wte` next to `dlogits`. The sum is gone: each table has one reader. The model
 # has $V_p C$ parameters more.
 # :::
 

@@ -765,9 +765,6 @@ verdict("training", losses32[-1] < losses32[0] - 0.5, "lowers the loss")
 #
 # ## Design note
 #
-# Could the page itself train? It could, as chapter 1.14 showed. But it makes all its
-# arrays anew in every step, and forgives every mistake of its caller.
-#
 # The order in which a step runs is fixed. That gives up some speed: the gradient of
 # a block's weights could be computed while the next block's begins. In return the
 # list on the page is what happens, and a run that goes wrong can be followed call
