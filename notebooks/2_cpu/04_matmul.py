@@ -419,12 +419,10 @@ def _multiply(part, parts, address):
     down = -(-rows // (parts * ROWS)) * ROWS
     across = -(-cols // (parts * COLS)) * COLS
     if (down * cols, cols) < (rows * across, rows):
-        across = cols
+        i, j, across = part * down, 0, cols
     else:
-        down = rows
-    i = part * down if down < rows else 0
-    j = part * across if across < cols else 0
-    if part == 0 or i + j > 0:
+        i, j, down = 0, part * across, rows
+    if i < rows and j < cols:  # else there are more threads than strips
         strip = i, min(rows, i + down), j, min(cols, j + across)
         _multiply_strip(
             x, strip, Place(*where), steps, depth, Routines(*code),

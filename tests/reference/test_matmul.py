@@ -1,7 +1,8 @@
-"""The linear layer: rows keep their bits, and columns are added to."""
+"""The linear layer: rows keep their bits, on any number of threads."""
 
 import numpy as np
 import pytest
+from processes import python
 
 from llmnb.cpu import matmul as cpu
 
@@ -33,3 +34,29 @@ def test_a_weight_of_one_column_is_added_to():
     assert dweight.strides[1] == 0
     cpu.matmul_backward(dinp, dweight, dbias, dout, x, weight)
     np.testing.assert_allclose(dweight, 1 + dout[0].T @ x[0], rtol=1e-12)
+
+
+EIGHT_THREADS = """
+import numba
+import numpy as np
+from llmnb.cpu.matmul import matmul_forward
+from llmnb.cpu.tile import COLS, ROWS
+
+rng = np.random.default_rng(1)
+for rows, cols in ((1, 2), (ROWS, 3), (3 * ROWS, 4), (9 * ROWS, 1)):
+    x, weight = rng.normal(size=(1, rows, 40)), rng.normal(size=(99, 40))
+    weight = np.tile(weight, (5, 1))[: cols * COLS]
+    want, got = np.zeros((2, 1, rows, cols * COLS))
+    for threads in range(1, 9):
+        numba.set_num_threads(threads)
+        matmul_forward(got, x, weight, None)
+        want = got.copy() if threads == 1 else want
+        assert np.array_equal(got, want), (rows, cols, threads)
+        got[:] = 0
+"""
+
+
+def test_more_threads_than_strips():
+    """They have nothing to do, and say nothing."""
+    done = python(EIGHT_THREADS, NUMBA_NUM_THREADS="8")
+    assert (done.returncode, done.stderr) == (0, "")
