@@ -723,12 +723,24 @@ verdict("a layer", layer < 1e-3, "of 1 ms is spoilt by less")
 # before.
 # :::
 
-# %% exercise 2, counted
+# %% exercise 2 tags=["hide-cell"]
+answer = "dweight"
+
+# %% exercise 2, checked
 from llmnb.cpu.panels import LENGTH
 
-for n in (256, 1024):
-    blocks = -(-n // LENGTH)
-    print(f"{n} tokens: {n / blocks:.0f} steps a tile of dweight, on average")
+
+def steps_a_tile(tokens, C=768, OC=3072):
+    """Of each product: how long the sums are, in panels, on average."""
+    sums = {"forward": C, "dinp": OC, "dweight": tokens}
+    return {way: n / -(-n // LENGTH) for way, n in sums.items()}
+
+
+few, many = steps_a_tile(256), steps_a_tile(1024)
+for way in few:
+    print(f"{way:8} {few[way]:4.0f} steps a tile, then {many[way]:.0f}")
+most = max(few, key=lambda way: many[way] / few[way])
+verdict("the tiles", answer == most, f"gain most in {most}")
 
 # %% [markdown]
 # ## What llmnb gained
