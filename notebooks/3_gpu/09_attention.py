@@ -632,7 +632,7 @@ with watch():
         dq_by_key[3, 4](*map(simulated, small))
         caught = False
     except RaceError as error:
-        print(error)
+        print(str(error).replace(", and", ",\nand"))
         caught = True
 verdict("the race", caught, "is caught")
 

@@ -461,7 +461,7 @@ try:
         simulate(greedy, 1, 32, (np.zeros(32, np.int32), source))
     verdict("greedy", False, "is caught")
 except RaceError as error:
-    print(error)
+    print(str(error).replace(", and", ",\nand"))
 
 # %% [markdown]
 # Element 60 is the first of the four that thread 15 copies. In the second turn
