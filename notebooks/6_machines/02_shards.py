@@ -642,7 +642,9 @@ def together(group):
     """
     with contextlib.ExitStack() as quiet:
         if not group.first:
-            nowhere = quiet.enter_context(open(os.devnull, "w"))
+            nowhere = quiet.enter_context(
+                open(os.devnull, "w", errors="replace")
+            )
             quiet.enter_context(contextlib.redirect_stdout(nowhere))
             warnings.simplefilter("ignore")
         try:

@@ -293,6 +293,15 @@ def test_who_leaves_early_ends_all(error, said):
     assert group.said[1:] == ["goodbye"]
 
 
+def test_who_is_silent_may_say_anything():
+    """A file whose name is not UTF-8, which the first shows, ends no group."""
+    group = Ended()
+    group.rank = 1
+    with together_within(group):
+        print("a\udcff.txt")
+    assert group.said == ["goodbye"]
+
+
 class Late(Group):
     """A signal comes to this process just after all have been asked."""
 
