@@ -47,7 +47,11 @@ import numpy as np
 
 from llmnb.book.diagram import PALETTE
 from llmnb.book.moving import moving
+from llmnb.book.owners import draw_owners, walk
 from llmnb.book.verify import compare, verdict
+from llmnb.gpu.launch import empty, simulated, to_device, to_host
+from llmnb.gpu.simulator import RaceError, watch
+from llmnb.gpu.warp import block_sum
 from llmnb.reference.layernorm import layernorm_backward as backward_numpy
 from llmnb.reference.layernorm import layernorm_forward as forward_numpy
 
@@ -65,12 +69,6 @@ def problem(B, T, C, dtype=np.float32):
     p.mean, p.rstd = np.zeros((2, B, T), dtype)
     return p
 
-
-# %% what a GPU section needs
-from llmnb.gpu.launch import empty, simulated, to_device, to_host
-from llmnb.gpu.simulator import RaceError, watch
-from llmnb.gpu.warp import block_sum
-from llmnb.book.owners import draw_owners, walk
 
 # %% imports of the GPU module tags=["export"] module="cuda.layernorm"
 import functools
@@ -114,8 +112,7 @@ plt.show()
 # panel a thread. At any moment each thread reads the leftmost element that
 # it has not read yet: in the first panel these lie a row apart, in the
 # others side by side.*
-
-# %% [markdown]
+#
 # ## Version 1: a thread a row
 #
 # The shortest way from the CPU to a GPU: the loop over rows goes, and
@@ -169,9 +166,8 @@ def _thread_a_row(out, mean, rstd, inp, weight, bias):
 
 
 # %% [markdown]
-# Like the functions for the CPU, those for the GPU take the NumPy names, and
-# we test each version as soon as it stands. `problem` makes the arrays; the
-# reference fills its own, and a version fills copies on the device.
+# We test each version as soon as it stands: the reference fills the arrays of
+# `problem`, and a version fills copies on the device.
 
 
 # %% what a version is called
@@ -211,21 +207,23 @@ forward_verdict(_thread_a_row, 3, 11, 37)
 # channels. The least number of sectors is 2,048: $32 \cdot 256$ numbers
 # of `inp` and as many of `out`, eight to a sector.
 
-# %% what a forward version moves
-row_of_counts = "{:<16}{:>9}{:>9}{:>12}{:>10}".format
+# %% what a version moves
+line = "{:<13}{:>9}{:>8}{:>10}{:>8}{:>9}{:>9}".format
 q = problem(2, 16, 256)
 
 
-def count_forward(*versions):
-    print(row_of_counts("", "requests", "sectors", "bytes read", "exchanges"))
+def count(arguments, *versions):
+    heads = "requests", "sectors", "exchanges", "atomics", "barriers"
+    print(line("", *heads, "launches"))
     for version in versions:
         with watch() as seen:
-            version(*rows_of(on_device(q, simulated)))
-        moved = seen.requests, seen.sectors, seen.read_bytes
-        print(row_of_counts(title(version), *moved, seen.exchanges))
+            version(*arguments(on_device(q, simulated)))
+        moved = seen.requests, seen.sectors, seen.exchanges
+        told = seen.atomics, seen.barriers, len(seen.launches)
+        print(line(title(version), *moved, *told))
 
 
-count_forward(_thread_a_row)
+count(rows_of, _thread_a_row)
 
 # %% [markdown]
 # Sixteen times the least. (Exchanges are the calls of warp operations, of
@@ -277,7 +275,7 @@ def _warp_a_row(out, mean, rstd, inp, weight, bias):
 
 # %% version 2, verdict and counts
 forward_verdict(_warp_a_row, 3, 11, 37)
-count_forward(_thread_a_row, _warp_a_row)
+count(rows_of, _thread_a_row, _warp_a_row)
 
 # %% [markdown]
 # The sectors fall to less than a fifth. Six accesses for each element are
@@ -289,13 +287,10 @@ count_forward(_thread_a_row, _warp_a_row)
 #
 # ## Version 3: four channels a request, and a row kept
 #
-# A request has its own cost: an instruction, an address for each lane, a
-# place in the queue to memory. A lane can ask for 16 bytes as easily as for
-# 4. With `load4`, a warp's request is for 512 bytes in 16 sectors: the
-# sectors stay as many, and four requests become one. It needs rows that
-# begin at multiples of 16 bytes, so $C$ must be a multiple of 4 and the
-# arrays must begin at one; otherwise the host function falls back to
-# version 2.
+# With `load4` four requests become one, for as many sectors
+# ([chapter 3.2](02_sectors.ipynb)). Its rows begin at multiples of 16 bytes, so
+# $C$ must be a multiple of 4 and the arrays must begin at one; otherwise the
+# host function falls back to version 2.
 
 
 # %% sums and outputs in fours tags=["exporti"] module="cuda.layernorm"
@@ -386,15 +381,14 @@ def _kept_a_row(out, mean, rstd, inp, weight, bias):
 # %% version 3, verdict and counts
 forward_verdict(_kept_a_row, 3, 11, 36)
 forward_verdict(_kept_a_row, 1, 5, 37)
-count_forward(_warp_a_row, _kept_a_row)
+count(rows_of, _warp_a_row, _kept_a_row)
 
 # %% [markdown]
 # One request in five is left, and two sectors in three: `inp` comes once and
 # `out` goes once, 2,048 sectors. Nearly all of the rest is `weight` and `bias`,
 # read for each row: the same few kilobytes every time, which a cache can hold.
 #
-# The public function checks the arrays, then runs the last version; the first
-# stays in `llmnb.bench.rungs_layernorm`, to be timed.
+# The public function checks the arrays, then runs the last version.
 
 
 # %% layernorm, forward tags=["export"] module="cuda.layernorm"
@@ -474,8 +468,7 @@ compare("hasty_sum", to_host(y), p.out[0], tol=1e-5)
 # The simulator let the warps take turns. Nothing obliges a GPU to. The first
 # warp may read the table, compute its squares and write its second sum into
 # `parts[0]`, all before the second warp has read the first sum from there.
-# `watch` needs no bad luck to see it. It asks whether a barrier stands
-# between the two accesses:
+# `watch` asks whether a barrier stands between the two accesses:
 
 # %% the race, seen
 try:
@@ -488,8 +481,8 @@ except RaceError as error:
 verdict("the race", caught, "is caught")
 
 # %% [markdown]
-# The repair is a second barrier, after the reading, as in `block_sum` of
-# [chapter 3.2](02_sectors.ipynb): now all have read before any may go on to write.
+# The repair is `block_sum` of [chapter 3.2](02_sectors.ipynb): by its second
+# barrier, all have read before any may go on to write.
 
 # %% the race, repaired
 with watch() as seen:
@@ -583,21 +576,6 @@ def backward_verdict(version, *shape):
     print(f"{title(version)}, {shape[-1]} channels")
     for k in names:
         compare(k, to_host(d[k]), getattr(p, k), tol=1e-5)
-
-
-# %% what a backward version moves
-line = "{:<13}{:>9}{:>8}{:>10}{:>8}{:>9}{:>9}".format
-
-
-def count_backward(*versions):
-    heads = "requests", "sectors", "exchanges", "atomics", "barriers"
-    print(line("", *heads, "launches"))
-    for version in versions:
-        with watch() as seen:
-            version(*backward_arguments(on_device(q, simulated)))
-        moved = seen.requests, seen.sectors, seen.exchanges
-        told = seen.atomics, seen.barriers, len(seen.launches)
-        print(line(title(version), *moved, *told))
 
 
 # %% [markdown]
@@ -698,7 +676,7 @@ def _sums_of_parts(dinp, dweight, dbias, dout, inp, weight, stats, table):
 
 # %% version 1, verdict and counts
 backward_verdict(_sums_of_parts, 3, 11, 37)
-count_backward(_sums_of_parts)
+count(backward_arguments, _sums_of_parts)
 
 # %% [markdown]
 # A fixed order, and three launches. The two kernels that take rows read
@@ -718,8 +696,7 @@ count_backward(_sums_of_parts)
 # addresses and whatever else the compiler keeps at hand. A multiprocessor
 # has 65,536 registers. We let a block have up to 512 threads, which leaves
 # 128 for each and serves rows of up to 2,048 channels.
-
-# %% [markdown]
+#
 # A thread keeps to its four channels while its block goes down the rows of its
 # part, so it sums $dw$ and $db$ in registers and writes to the table once.
 #
@@ -826,7 +803,7 @@ def _rows_once(dinp, dweight, dbias, dout, inp, weight, stats, table):
 # %% version 2, verdict and counts
 backward_verdict(_rows_once, 3, 11, 36)
 backward_verdict(_rows_once, 1, 5, 37)
-count_backward(_sums_of_parts, _rows_once)
+count(backward_arguments, _sums_of_parts, _rows_once)
 
 # %% [markdown]
 # `watch` raised no RaceError over the two tables in shared memory. `inp`,
@@ -863,11 +840,9 @@ def layernorm_backward(
 
 
 # %% [markdown]
-# The model hands in `work` from its arena, so that training allocates
-# nothing.
-#
-# The first versions, as the ladder of [appendix A.7](../appendix/07_ladders.ipynb)
-# calls them, with the arguments of the layer:
+# The model hands in `work` from its arena, so that training allocates nothing.
+# Version 1 of the forward pass stays, for the ladder of
+# [chapter A.7](../appendix/07_ladders.ipynb) to time:
 
 
 # %% the rungs tags=["export"] module="bench.rungs_layernorm"
@@ -890,6 +865,31 @@ LAYERNORM_FORWARD = (forward_by_threads,)
 # - Memory that threads share and use again needs an order between the last read
 #   and the next write: a second barrier, or a second piece of memory.
 # - A sum over all rows is taken in parts and then over the parts, in one order.
+#
+# ## Exercises
+#
+# **1** (★★). A multiprocessor of an H100 has 65,536 registers, room for 64
+# warps, and 228 KB of shared memory, 1 KB of which goes to the system with each
+# block. A thread of version 3 takes 48 registers. How many rows are under way
+# there at once for 768 channels, and for 1,600? What sets the limit?
+#
+# :::{admonition} Solution to exercise 1
+# :class: dropdown
+# The registers allow 10 blocks, 40 rows; for 768 channels the shared memory
+# would allow 17 blocks. For 1,600 it allows only 7, 28 rows.
+# :::
+
+
+# %% exercise 1, a solution tags=["hide-cell"]
+def rows_under_way(C):
+    shared = KEPT_ROWS * 4 * blocks(C, 256) * 256 + 1024
+    most = 65536 // (KEPT_ROWS * LANES * 48), 64 // KEPT_ROWS
+    return KEPT_ROWS * min(*most, 228 * 1024 // shared)
+
+
+# %% exercise 1, checked
+found = rows_under_way(768), rows_under_way(1600)
+verdict("rows", found == (40, 28), "40 and 28")
 
 # %% [markdown]
 # ## What llmnb gained
