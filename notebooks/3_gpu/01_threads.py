@@ -594,10 +594,10 @@ moving("threads", said, walks=walks, shared=["board"])
 # %% [markdown]
 # *Figure 3.1.4. Who writes each element of the board, and who reads it: never
 # the same thread. With a barrier between writing and reading, both orders turn
-# the numbers round. Without it a thread may read what is not yet written (None), and
-# the result depends on the order; the watch marks the race in both orders,
-# even where the result happens to be right. Four threads that add to one
-# count race in the same way; atomic additions do not.*
+# the numbers round. Without it a thread may read what is not yet written
+# (None), and the result depends on the order; the watch marks the race in both
+# orders, even where the result happens to be right. Four threads that add to
+# one count race in the same way; atomic additions do not.*
 
 # %% [markdown]
 # For whole numbers the order does not matter. For a sum of float32 it changes
