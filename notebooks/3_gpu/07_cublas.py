@@ -233,8 +233,8 @@ def _set(what, thing, name, value):
 # One word of the description allows *TF32*: the library may then round each
 # factor to 10 bits behind the point instead of 23, and multiply on the
 # *tensor cores*, units of a GPU for products of small matrices: one instruction
-# of a warp multiplies two tiles and adds the result to a third. The sums are
-# still float32. It is chapter 2.6's bargain with three bits more: the range of
+# of a warp multiplies two tiles and adds the result to a third. It is the bargain
+# of [chapter 2.6](../2_cpu/06_bfloat16.ipynb) with three bits more: the range of
 # float32, fewer bits of each factor, and all of them in the sums.
 
 
