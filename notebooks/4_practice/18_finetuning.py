@@ -42,6 +42,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import matplotlib.pyplot as plt
+import numpy as np
 
 from llmnb.book.diagram import PALETTE
 from llmnb.book.verify import verdict
@@ -192,31 +193,32 @@ verdict(
 # %% [markdown]
 # Two runs on it, with the same tokenizer, batches and number of steps: one from
 # random weights, one from those that know Python, at a sixth of the rate. After
-# every 20 steps both are asked for the loss on text of the book that they did not
-# read, and the second also for that on Python.
+# every 20 steps both are asked for the loss on text of the book and on code of the
+# library that no run has read.
 
 
 # %% two runs
-def follow(config):
+def follow(config, data):
     """Losses of a run on the book and on Python, after every 20 steps."""
-    model = new_model(config, text.encoding.n_vocab)
-    batches, validation = loaders(config, text)
+    model = new_model(config, data.encoding.n_vocab)
+    batches, _ = loaders(config, data)
+    _, book = loaders(config, text)
     _, old = loaders(python, code)
     found = [], []
-    for step in train(config, model, batches, validation):
+    for step in train(config, model, batches, book):
         if step.val_loss is not None:
             found[0].append(step.val_loss)
             found[1].append(evaluate(model, old, config.eval_batches))
     return found
 
 
-def tuned(rate, **given):
+def tuned(rate, data=text):
     """The same run from the weights that know Python."""
-    changed = replace(small, learning_rate=rate, init=str(trained), **given)
-    return follow(changed)
+    config = replace(small, learning_rate=rate, init=str(trained))
+    return follow(config, data)
 
 
-new, _ = follow(small)
+new, _ = follow(small, text)
 gentle, python_after = tuned(5e-4)
 verdict("before a step", gentle[0] < new[0] - 1, "it knows something of it")
 verdict("after 20 steps", gentle[1] < min(new[:4]), "60 from nothing lose")
@@ -234,31 +236,21 @@ verdict(
 # as freely as any. Two things hold it back. The first is a **small rate**: the run
 # ends before it has gone far, in what it learns as in what it forgets. The second
 # is a **mixture**: if some of the new text is the old one, the loss speaks for
-# both, and half of the steps are spent on what is known. We try the rate at which
-# the model was trained, and then, at the small rate, as many characters of Python
+# both, and half of each step is spent on what is known. We try the rate at which
+# the model was trained, and then, at the small rate, as many tokens of Python
 # beside the book as the book has.
 
 # %% three ways to learn the book
 hasty, python_hasty = tuned(python.learning_rate)
-older = Path(scratch.name, "older.txt")
-sample = code.encoding.decode(code.train_tokens[:40_000].tolist())[:60_000]
-older.write_text(sample, "utf-8")
-new_text = text
-text = prepare(replace(small, corpus=(str(book), str(older))))
-batches = loaders(small, text)
-mixed = replace(small, learning_rate=5e-4, init=str(trained))
-student = new_model(mixed, text.encoding.n_vocab)
-python_mixed = []
-for step in train(mixed, student, batches[0]):
-    if step.step % 20 == 0 or step.step == mixed.steps - 1:
-        python_mixed.append(evaluate(student, loaders(python, code)[1], 10))
-book_mixed = evaluate(student, loaders(small, new_text)[1], 10)
+older = code.train_tokens[: len(text.train_tokens)]
+both = np.concatenate([text.train_tokens, older])
+mixed, python_mixed = tuned(5e-4, text._replace(train_tokens=both))
 verdict("a high rate", hasty[-1] < min(gentle[-1], new[-1]), "learns more")
 ahead = all(a < b for a, b in zip(hasty, new, strict=True))
 verdict("a high rate", ahead, "is never caught up from nothing")
 verdict("a high rate", python_hasty[-1] > python_after[-1], "forgets more")
-verdict("a mixture", python_mixed[-1] < python_after[-1], "forgets less")
-verdict("a mixture", book_mixed < gentle[0], "and learns the book")
+verdict("a mixture", max(python_mixed) < python_after[1], "forgets nothing")
+verdict("a mixture", gentle[-1] < mixed[-1] < gentle[0], "and learns less")
 
 # %% what is learnt and what is lost
 fig, axes = plt.subplots(1, 2, figsize=(9, 3.6), dpi=100)
@@ -266,6 +258,7 @@ x = [20 * i for i in range(11)]
 axes[0].plot(x, new, color=PALETTE["grey"], label="from nothing")
 axes[0].plot(x, gentle, color=PALETTE["blue"], label="fine-tuned, 5e-4")
 axes[0].plot(x, hasty, color=PALETTE["orange"], label="fine-tuned, 3e-3")
+axes[0].plot(x, mixed, color=PALETTE["ink"], label="5e-4, half Python")
 axes[1].plot(x, python_after, color=PALETTE["blue"], label="5e-4")
 axes[1].plot(x, python_hasty, color=PALETTE["orange"], label="3e-3")
 axes[1].plot(x, python_mixed, color=PALETTE["ink"], label="5e-4, half Python")
@@ -279,8 +272,8 @@ plt.show()
 # %% [markdown]
 # *Figure 4.18.1. Left: what the runs learn. The head start is worth more than
 # sixty steps from nothing, and at one rate, 3e-3, it is never caught up. Right: what
-# they lose, which grows with the rate, and nearly vanishes when half the text is the
-# old one.*
+# they lose, which grows with the rate, and is nothing when half the text is the old
+# one; then the book is learnt most slowly.*
 #
 # There is no free choice among the three. The high rate buys the book with Python,
 # the mixture pays for Python with steps on the book. Which is right depends on
@@ -324,7 +317,24 @@ own = replace(small, tokenizer="bpe", vocab_size=512, init=str(trained))
 other = prepare(own)
 model = new_model(own, other.encoding.n_vocab)
 loss = evaluate(model, loaders(own, other)[1], 10)
+print(f"{loss:.2f} nats a token, a uniform guess {np.log(512):.2f}")
 verdict("a wrong tokenizer", loss > gentle[0] + 0.8, "loses the head start")
+
+# %% [markdown]
+# **2** (★). Which rate, which $T$ and which tokenizer has a run of which nothing is
+# said but the checkpoint?
+#
+# :::{admonition} Solution to exercise 2
+# :class: dropdown
+# 1e-4; 64, the usual $T$, which the checkpoint allows; and the tokenizer that lies in
+# the checkpoint's folder.
+# :::
+
+# %% exercise 2, checked tags=["hide-cell"]
+usual = starting_from(trained)
+own = usual.learning_rate, usual.seq_len, Path(usual.tokenizer)
+want = 1e-4, 64, trained / "tokenizer.tiktoken"
+verdict("what is usual", own == want, "what was not said")
 scratch.cleanup()
 
 # %% [markdown]
