@@ -258,6 +258,7 @@ class Decoder:
         """
         for name, shape in parameter_shapes(self.cfg).items():
             check_fit(f"Decoder.adopt: {name}", params[name], shape, FLOATS)
+        self._held = 0, 0  # first: half of what follows makes keys stale too
         panels, head = self.memory["panels"], _head(self.cfg)
         for name, array in self.memory["vectors"].items():
             array[...] = params[name]
@@ -267,7 +268,6 @@ class Decoder:
             for i, panel in enumerate(panels[x.name]):
                 own = np.asarray(params[bias])[i] if self.cfg.bias else None
                 cpu.pack_weight(panel, weight[i], own)
-        self._held = 0, 0
         return self
 
     @classmethod

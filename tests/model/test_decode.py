@@ -187,6 +187,27 @@ def test_loading_forgets_the_cache():
     assert np.array_equal(decoder.following([[1, 2, 3]]), want)
 
 
+def test_an_interrupted_loading_leaves_no_stale_keys(monkeypatch):
+    model, text = model_of(), [1, 2, 3, 4]
+    decoder = Decoder.of(model)
+    decoder.following([text])
+    for array in model.params.values():
+        array *= 2
+    pack, count = cpu.pack_weight, iter(range(100))
+
+    def interrupted(*args):
+        if next(count) == 5:
+            raise KeyboardInterrupt
+        pack(*args)
+
+    monkeypatch.setattr(cpu, "pack_weight", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        decoder.adopt(model.params)
+    got = decoder.following([text])
+    decoder.following([[9]])  # another text: nothing is kept
+    assert np.array_equal(got, decoder.following([text]))
+
+
 @pytest.mark.parametrize("suffix", ["bin", "safetensors"])
 def test_from_checkpoint(tmp_path, suffix):
     model = model_of()
