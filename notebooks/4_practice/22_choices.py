@@ -42,24 +42,16 @@ from llmnb.model.gpt2 import GPT2
 rng = np.random.RandomState(19)
 
 # %% [markdown]
-# A small model that has read source code, two layers and four hundred steps,
-# as in [chapter 4.21](21_evaluation.ipynb):
+# The model of the hour again, and the text that it has not read
+# ([chapter 4.21](21_evaluation.ipynb)):
 
-# %% a small model that has learnt
-from llmnb.train.feed import loaders, prepare
-from llmnb.train.loop import train
-from llmnb.train.options import TrainConfig
-from llmnb.train.start import new_model
+# %% the model of the hour, and text that it has not read
+from llmnb.text.corpus import encode_documents, load_corpus
+from llmnb.train.folder import load_run
 
-config = TrainConfig(
-    corpus=("../../tests/data/library.jsonl.gz",), limit=1_500_000,
-    num_layers=2, channels=96, seq_len=64, steps=400,
-)  # fmt: skip
-data = prepare(config)
-student = new_model(config, data.encoding.n_vocab)
-batches, _ = loaders(config, data)
-steps = [step.loss for step in train(config, student, batches)]
-verdict("training", np.mean(steps[-20:]) < steps[0] - 1.5, "has learnt")
+hour, encoding, _ = load_run("../../book/hour", batch_size=4, seq_len=64)
+documents = load_corpus("../../tests/data/library.jsonl.gz", limit=200_000)
+unread = encode_documents(encoding, documents)[:32_768]
 
 # %% imports of the choices tags=["export"]
 import math
@@ -170,7 +162,7 @@ def longest_row(example):
 #
 # On HellaSwag's 10,042 examples, at $\hat q = 0.3$, that is 0.0046: two models
 # that differ by less than a hundredth may be equal. On 100 examples it is
-# 0.046, and a guess (0.25) cannot be told from GPT-2 (0.29).
+# 0.046, and a guess (0.25) cannot be told from GPT-2 124M (0.29).
 
 
 # %% the error of an accuracy tags=["export"]
@@ -355,13 +347,7 @@ lines = [json.dumps(dict(zip(names, q, strict=True))) for q in QUESTIONS]
 _ = (folder / "three.jsonl").write_text("\n".join(lines), "utf-8")
 
 # %% both forms
-from llmnb.train.choices import (
-    read_examples,
-    read_examples_json,
-    write_examples,
-)
-
-examples = read_examples_json(folder / "three.jsonl", data.encoding)
+examples = read_examples_json(folder / "three.jsonl", encoding)
 write_examples(folder / "three.bin", examples)
 again = read_examples(folder / "three.bin")
 same = all(
@@ -377,10 +363,9 @@ print(np.frombuffer(raw[:16], "<i4")[:3], len(raw) > 1024)
 # %% [markdown]
 # ## Try it
 #
-# Our student has read source code, and not enough of it to know about kettles.
-# So we make it a test from text that it has not seen: sixteen tokens of
-# validation text, the tokens that follow them, and three other stretches from
-# elsewhere. Each ending has a length of its own, from 2 to 12 tokens.
+# Our model has read source code, and knows nothing of kettles. So we make it a
+# test from text that it has not read: sixteen tokens, those that follow them, and
+# three other stretches from elsewhere. Each ending has a length of its own, from 2 to 12 tokens.
 
 
 # %% a test made from the text
@@ -395,11 +380,11 @@ def make_example(rng, tokens):
     return Example(context, [endings[i] for i in order], label)
 
 
-test = [make_example(rng, data.val_tokens) for _ in range(400)]
-choices = list(choices_of(student, test))
+test = [make_example(rng, unread) for _ in range(400)]
+choices = list(choices_of(hour, test))
 right = np.mean([c.by_mean == c.label for c in choices])
 error = standard_error(right, len(test))
-verdict("the student", right > 0.25 + 3 * error, "is better than a guess")
+verdict("the model", right > 0.25 + 3 * error, "is better than a guess")
 
 # %% the length of what is chosen
 lengths = np.array([[len(e) for e in x.endings] for x in test])
@@ -408,10 +393,12 @@ by_sum = lengths[rows, [c.by_sum for c in choices]].mean()
 by_mean = lengths[rows, [c.by_mean for c in choices]].mean()
 verdict("the sum", by_sum < lengths.mean() - 1, "prefers short endings")
 verdict("the mean", by_mean > by_sum + 1, "less so")
+summed = np.mean([c.by_sum == c.label for c in choices])
+verdict("the mean", right > summed + 3 * error, "is right more often")
 
 # %% the numbers tags=["nbval-ignore-output"]
-summed = np.mean([c.by_sum == c.label for c in choices])
-print(f"acc_norm {right:.3f}, acc {summed:.3f}, each +- {error:.3f}")
+doubt = standard_error(summed, len(test))
+print(f"acc_norm {right:.3f} +- {error:.3f}, acc {summed:.3f} +- {doubt:.3f}")
 print(f"tokens chosen: {by_mean:.1f} by the mean, {by_sum:.1f} by the sum")
 
 # %% [markdown]
@@ -420,7 +407,7 @@ print(f"tokens chosen: {by_mean:.1f} by the mean, {by_sum:.1f} by the sum")
 # preference, while by the sum it takes the shortest ending.
 
 # %% no weights
-guess = GPT2(config.model(data.encoding.n_vocab), 4, 64, seed=None)
+guess = GPT2(hour.cfg, 4, 64, seed=None)
 blank = list(choices_of(guess, test[:50]))
 means = np.array([c.losses for c in blank])
 compare(
@@ -476,11 +463,24 @@ print(complaint(raw + b"\0\0"))
 #
 # ## Exercises
 #
-# **1** (★★). Two models answer the same $n$ questions. Why is the standard
+# **1** (★). A model is right in 0.30 of the questions. How many must it have answered
+# until that lies two standard errors above a guess, 0.25?
+#
+# :::{admonition} Solution to exercise 1
+# :class: dropdown
+# Two standard errors are 0.05, so $0.3 \cdot 0.7 / n = 0.025^2$: 336 questions.
+# :::
+
+# %% exercise 1, checked tags=["hide-cell"]
+enough = standard_error(0.30, 336)
+compare("exercise 1", 0.30 - 2 * enough, 0.25, tol=1e-12)
+
+# %% [markdown]
+# **2** (★★). Two models answer the same $n$ questions. Why is the standard
 # error of the *difference* of their accuracies often much smaller than (4.22.3)
 # suggests? Compute it from the two lists of right and wrong.
 #
-# :::{admonition} Solution to exercise 1
+# :::{admonition} Solution to exercise 2
 # :class: dropdown
 # Both meet the same hard questions, so their errors are correlated. Take the
 # difference of each question, $-1$, 0 or 1, and the standard error of its mean:
@@ -488,18 +488,18 @@ print(complaint(raw + b"\0\0"))
 # :::
 
 
-# %% exercise 1, the function tags=["hide-cell"]
+# %% exercise 2, the function tags=["hide-cell"]
 def error_of_difference(a, b):
     d = np.asarray(a, float) - np.asarray(b, float)
     return d.std() / np.sqrt(len(d))
 
 
-# %% exercise 1, checked
+# %% exercise 2, checked
 a = rng.random_sample(2000) < 0.4
 b = np.where(rng.random_sample(2000) < 0.9, a, ~a)
 paired = error_of_difference(a, b)
 apart = np.hypot(*(standard_error(x.mean(), 2000) for x in (a, b)))
-verdict("exercise 1", paired < 0.6 * apart, "much smaller")
+verdict("exercise 2", paired < 0.6 * apart, "much smaller")
 
 # %% [markdown]
 # ## Further reading
