@@ -455,7 +455,7 @@ path = save_state(run)
 
 
 def holds(path):
-    """What a file of a state holds: its `State`, and the bytes of its arrays."""
+    """What a file holds: its `State`, and the bytes of its arrays."""
     state = read_state(path)
     memory = restore(state).memory
     return state, [memory.flat(kind).tobytes() for kind in _GROUPS]
