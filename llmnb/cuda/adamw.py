@@ -120,8 +120,9 @@ def adamw_update(params, grads, m, v, settings, work=None):
     AdamW; its decay applies to every element. work: a device's array of
     `adamw_scratch()` floats at a multiple of 16 bytes, or None to have one
     made. The settings are copied to the device, on its default stream: a CUDA
-    graph cannot record that, only `adamw_apply`. Raises TypeError or ValueError for arrays that
-    do not fit and settings out of range, before it launches anything.
+    graph cannot record that, only `adamw_apply`. Raises TypeError or
+    ValueError for arrays that do not fit and settings out of range, before it
+    launches anything.
 
     Derived in chapter 3.10.
     """

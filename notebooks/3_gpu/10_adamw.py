@@ -166,10 +166,10 @@ ADAMW_APPLY = (adamw_by_elements,)
 #
 # The bytes cannot be fewer, the requests can. Each thread takes four
 # neighbours, and the settings come in two vectors as well, which is why there
-# is an eighth, and why they must begin at a multiple of 16 bytes: anywhere else
-# a GPU stops with an error, and no array of the program can be read any more. Up
-# to three elements at the end get a thread each, and so do all elements of a view that
-# begins at no such multiple: `count_fours` of
+# is an eighth, and why they must begin at a multiple of 16 bytes: anywhere
+# else a GPU stops with an error, and no array of the program can be read any
+# more. Up to three elements at the end get a thread each, and so do all
+# elements of a view that begins at no such multiple: `count_fours` of
 # [chapter 3.5](05_elementwise.ipynb) says 0 of it.
 
 
@@ -245,8 +245,9 @@ def adamw_update(params, grads, m, v, settings, work=None):
     AdamW; its decay applies to every element. work: a device's array of
     `adamw_scratch()` floats at a multiple of 16 bytes, or None to have one
     made. The settings are copied to the device, on its default stream: a CUDA
-    graph cannot record that, only `adamw_apply`. Raises TypeError or ValueError for arrays that
-    do not fit and settings out of range, before it launches anything.
+    graph cannot record that, only `adamw_apply`. Raises TypeError or
+    ValueError for arrays that do not fit and settings out of range, before it
+    launches anything.
     """
     factors = adamw_settings(settings)
     work = given_work("adamw_update", work, SETTINGS, params)
@@ -292,11 +293,11 @@ for name, run in ("element", adamw_by_elements), ("four", adamw_apply):
     print(f"{name:8} {seen.requests:4} requests, {seen.sectors} sectors")
 
 # %% [markdown]
-# Four arrays are read and three of them written, $7 \cdot 129 = 903$ sectors in
-# both versions. The rest of the sectors are the settings, the same few bytes over and over,
-# which come from a cache. Vectors do not change what is moved, they change how
-# often it is asked for: about a quarter of the warps, with fewer requests
-# each.
+# Four arrays are read and three of them written, $7 \cdot 129 = 903$ sectors
+# in both versions. The rest of the sectors are the settings, the same few bytes
+# over and over, which come from a cache. Vectors do not change what is moved,
+# they change how often it is asked for: about a quarter of the warps, with
+# fewer requests each.
 #
 # For 124 million parameters an update moves $28 \cdot 124 \cdot 10^6$ bytes,
 # 3.5 GB. At the 3,350 GB/s of an H100's data sheet that takes at least

@@ -823,10 +823,10 @@ for name, products in (("forward", 3), ("backward", 8)):
 #
 # :::{admonition} Solution to exercise 1
 # :class: dropdown
-# At B = 16 there are 192 heads, and 3 strips are the fewest that make 512 blocks,
-# each of $B\,T\,C$ numbers. With one sequence there are 12 heads, and 16 strips, as many as
-# tiles. `attention_scratch_bf16` says the same, with one number more for each
-# row of a head.
+# At B = 16 there are 192 heads, and 3 strips, each of $B\,T\,C$ numbers, are
+# the fewest that make 512 blocks. With one sequence there are 12 heads, and 16
+# strips, as many as tiles. `attention_scratch_bf16` says the same, with one
+# number more for each row of a head.
 # :::
 
 # %% exercise 1, floats by batch tags=["hide-cell"]
