@@ -159,12 +159,12 @@ def test_a_token_of_300_kilobytes_takes_no_time(tmp_path, trained, merges):
     if not merges:  # then the last must be the end of a text
         vocab |= {long: 269, "<|endoftext|>": 270}
         path.write_text(json.dumps(vocab), "utf-8")
-    start = time.perf_counter()
+    start = time.process_time()
     if merges:
         assert read_vocab(path).n_vocab == 270
     else:
         refused("at most 255 bytes, number 269", read_vocab, path)
-    assert time.perf_counter() - start < 2
+    assert time.process_time() - start < 2
 
 
 @pytest.mark.parametrize(("name", "size"), [

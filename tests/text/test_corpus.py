@@ -312,9 +312,9 @@ def test_bad_records_are_counted_or_refused(tmp_path, bad, says):
 def test_a_bomb_of_newlines_is_counted_in_seconds(tmp_path):
     raw = gzip.compress(b"\n" * 200_000_000 + b'{"text": 1}\n', 1)
     (tmp_path / "a.jsonl.gz").write_bytes(raw)
-    start = time.perf_counter()
+    start = time.process_time()
     refused(r"gz:200000001: 'text' must be text", read, tmp_path)
-    assert time.perf_counter() - start < 20  # line by line it takes 40
+    assert time.process_time() - start < 20  # line by line it takes 40
 
 
 @pytest.mark.parametrize("blank", [b" \n", b"\r\n", b"\n \n\t\n", b" " * 9999])

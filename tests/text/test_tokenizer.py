@@ -139,10 +139,10 @@ def test_a_million_of_any_character(request, name, char):
 
 
 def test_a_word_of_five_million_characters_is_not_quadratic(blanks):
-    start = time.perf_counter()
+    start = time.process_time()
     assert len(encoded(blanks, "a" * 5_000_000)) == 5_000_000
     long = encoded(blanks, " " * 2_000_000)
-    assert time.perf_counter() - start < 20
+    assert time.process_time() - start < 20
     assert blanks.decode(long) == " " * 2_000_000
 
 
