@@ -748,7 +748,7 @@ fours = ngram_entropy(learnt, held_out, V, 4)
 verdict("four", abs(fours - marks["trigrams"]) < 0.05, "hardly differ")
 better = ngram_entropy(learnt, held_out, V, 4, trust=64)
 verdict("trust 64", better < min(fours, *tried), "a little better")
-verdict("trust 64", abs(better - final) < 0.05, "level with the network")
+verdict("trust 64", abs(better - final) < 0.1, "level with the network")
 long_text = (np.asarray(x, np.int64) for x in (learnt, held_out))
 runs3, asked3 = (
     np.lib.stride_tricks.sliding_window_view(x, 3) @ [V**2, V, 1]
