@@ -14,6 +14,7 @@ TINY = (
     "--channels 16 --seq-len 16 --batch-size 2 --steps 6 --eval-every 4 "
     "--backend reference"
 )
+OF_SHARDS = TINY.replace("--limit 30000 ", "")  # are read whole
 BYTES = "--tokenizer", "byte"
 PARTS = "val", "train"
 ROOT = Path(__file__).parents[1]

@@ -170,11 +170,15 @@ def replacing(path, durable=True):
                 os.fsync(file.fileno())
         os.replace(beside, path)
     except OSError as error:
-        if error.filename == str(beside):  # which nobody has named
+        # which nobody has named; and a full disk names no file
+        unnamed = error.errno and not error.filename
+        if unnamed or error.filename == str(beside):
             error.filename = str(path)
         raise
     finally:
-        beside.unlink(missing_ok=True)
+        # where nothing may be written, nothing may be removed either
+        with contextlib.suppress(OSError):
+            beside.unlink()
     if durable:
         sync_folder(path.parent)
 
@@ -415,7 +419,8 @@ def own_folder(path, force=False):
     names = [x.name for x in path.iterdir() if x.suffix != ".new"]
     if set(names) - {LOCK} and not force:
         state = in_use(path) or (
-            "exists and is not empty: choose another folder, or force it"
+            "exists and is not empty: choose another folder, or force it "
+            "(--force)"
         )
         raise FileExistsError(f"{path} {state}")
     return path

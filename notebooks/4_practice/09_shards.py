@@ -107,8 +107,9 @@ def write_shard(path, tokens, vocab_size=None):
         )
     kind = token_dtype(vocab_size or int(tokens.max()) + 1)
     with replacing(path) as file:
-        header_of(*_KINDS[kind.itemsize], tokens.size).tofile(file)
-        tokens.astype(kind.newbyteorder("<"), copy=False).tofile(file)
+        # not tofile, whose error on a full disk names neither
+        file.write(header_of(*_KINDS[kind.itemsize], tokens.size))
+        file.write(np.ascontiguousarray(tokens, kind.newbyteorder("<")))
 
 
 # %% [markdown]

@@ -7,7 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from commands import FILES, TINY, interrupt, warnings_in
+from commands import FILES, OF_SHARDS, TINY, interrupt, warnings_in
 
 from llmnb.model.gpt2 import GPT2
 
@@ -36,7 +36,7 @@ def test_train_refuses_a_folder_in_use(llmnb, done, tmp_path):
     assert (code, out) == (1, "")
     assert err == (
         "llmnb: error: mine exists and is not empty: choose another folder, "
-        "or force it\n"
+        "or force it (--force)\n"
     )
     done("train", "--out", "mine", "--force", *TINY.split())
     assert {x.name for x in (tmp_path / "mine").iterdir()} == {*FILES, "x"}
@@ -146,7 +146,7 @@ def test_resume_with_a_text_that_has_moved(done, failed, tmp_path):
     assert "a.txt: 1 document, 13,500 characters" in out
     shutil.move("runs/a", "a")
     done("data", "here", "--corpus", "a.txt", "--tokenizer", "byte")
-    done("train", "--out", "b", "--shards", "here", *TINY.split())
+    done("train", "--out", "b", "--shards", "here", *OF_SHARDS.split())
     (tmp_path / "a.txt").rename(tmp_path / "b.txt")
     (tmp_path / "here").rename(tmp_path / "there")
     places = ("a", ["--corpus", "b.txt"]), ("b", ["--shards", "there"])

@@ -16,13 +16,27 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     path, before = tmp_path / "a", b"the old text"
     path.write_bytes(before)
     with (
-        pytest.raises(OSError, match="No space left"),
+        pytest.raises(OSError, match="No space left") as caught,
         replacing(path) as file,
     ):
         file.write(b"half")
         raise OSError(28, "No space left on device")
+    assert caught.value.filename == str(path), "a full disk names no file"
     assert path.read_bytes() == before
     assert [p.name for p in path.parent.iterdir()] == ["a"]
+
+
+def test_what_may_not_be_written_is_named(tmp_path, monkeypatch):
+    """On a read-only file system even removing nothing is an error."""
+
+    def unlink(self, missing_ok=False):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self))
+
+    monkeypatch.setattr("pathlib.Path.unlink", unlink)
+    path = tmp_path / "none" / "a"
+    with pytest.raises(FileNotFoundError) as caught, replacing(path):
+        pass
+    assert caught.value.filename == str(path)
 
 
 def test_threads_may_write_to_one_path_at_once(tmp_path):

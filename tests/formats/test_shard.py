@@ -1,5 +1,6 @@
 """Shards: tokens in files."""
 
+import errno
 import os
 
 import numpy as np
@@ -40,6 +41,22 @@ def test_shard_is_llm_c_format(tmp_path, tokens, numbers, body, dtype):
     got = read_shard(path)
     assert (got.dtype, got.tolist()) == (dtype, tokens)
     assert shard.shard_length(path) == len(tokens)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no limit of a file's size")
+def test_a_shard_that_does_not_fit_is_named(tmp_path):
+    """As on a full disk: the system's error, and the file."""
+    resource = pytest.importorskip("resource")
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, old[1]))
+    try:
+        with pytest.raises(OSError, match="too large") as caught:
+            write_shard(tmp_path / "a.bin", range(9999))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert caught.value.errno == errno.EFBIG
+    assert caught.value.filename == str(tmp_path / "a.bin")
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("vocab_size", [65536, 65537])
