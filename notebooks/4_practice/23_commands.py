@@ -337,9 +337,9 @@ def main(argv=None):
     """
     with screens():
         argv = sys.argv[1:] if argv is None else argv
-        command, args = _parsed(argv)
-        args.argv = argv
         try:
+            command, args = _parsed(argv)  # imports, which take a second
+            args.argv = argv
             with warnings.catch_warnings():
                 warnings.showwarning = warn
                 command.run(args)
