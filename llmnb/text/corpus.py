@@ -18,6 +18,7 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -212,15 +213,23 @@ def files_of(path, tally):
 
 
 # documents of own files
-def _own_files(paths, field, skip_bad, tally):
-    """Yield the documents of these files, and of all files in folders."""
-    for path in map(Path, paths):
-        for inner, named in files_of(path, tally):
-            errors = nullcontext() if named else passing_over(inner, tally)
-            with errors, open_stream(inner) as (stream, _):
-                how = field, skip_bad, tally
-                for _, blocks in read_documents(inner, stream, *how):
-                    yield "".join(blocks)
+def _own_files(path, field, skip_bad, tally):
+    """Yield the documents of a file, or of all files in a folder."""
+    for inner, named in files_of(Path(path), tally):
+        errors = nullcontext() if named else passing_over(inner, tally)
+        with errors, open_stream(inner) as (stream, _):
+            how = field, skip_bad, tally
+            for _, blocks in read_documents(inner, stream, *how):
+                yield "".join(blocks)
+
+
+def _texts(name, *how):
+    """The documents of a corpus, or of the files that have this name."""
+    if name == "stdlib":
+        return _standard_library()
+    if name == "tinyshakespeare":
+        return _speeches(_tinyshakespeare())
+    return _own_files(name, *how)
 
 
 # load a corpus
@@ -231,7 +240,7 @@ def load_corpus(
 
     source: "stdlib", the source and manual pages of the running Python;
     "tinyshakespeare", downloaded once unless the folder that LLMNB_DATA
-    names has it; or a path or a list of paths of files and folders. Files
+    names has it; a path of a file or a folder; or a list of these. Files
     that end in .jsonl, .jsonl.gz or .jsonl.zst have a document a line, in
     the field `field`; any other file, unpacked when it ends in .gz or .zst,
     is a document. Of folders, files that are no text are passed over, and
@@ -246,13 +255,9 @@ def load_corpus(
     tally = tally or Tally()
     if limit is not None and limit < 1:
         raise ValueError(f"load_corpus: limit must be at least 1, got {limit}")
-    if source == "stdlib":
-        texts = _standard_library()
-    elif source == "tinyshakespeare":
-        texts = _speeches(_tinyshakespeare())
-    else:
-        paths = [source] if isinstance(source, (str, os.PathLike)) else source
-        texts = _own_files(paths, field, skip_bad, tally)
+    names = [source] if isinstance(source, (str, os.PathLike)) else source
+    found = (_texts(name, field, skip_bad, tally) for name in names)
+    texts = chain.from_iterable(found)
     documents = list(_take(filter(None, texts), limit or sys.maxsize))
     if not documents:
         raise ValueError(f"load_corpus: no text in {source}{tally.words()}")

@@ -68,6 +68,13 @@ def test_a_corpus_that_is_none(source, limit, error, says):
         corpus.load_corpus(source, limit)
 
 
+def test_corpora_with_names_go_with_files(tmp_path, library):
+    (tmp_path / "a.txt").write_text("one")
+    both = [tmp_path / "a.txt", "stdlib"]
+    assert corpus.load_corpus(both, 99) == ["one", library[0][:96]]
+    assert [x.name for x in sources(both)] == [str(both[0]), "stdlib"]
+
+
 def test_no_source_to_be_found(monkeypatch, tmp_path):
     monkeypatch.setattr(corpus.sysconfig, "get_path", lambda name: tmp_path)
     monkeypatch.setitem(corpus.sys.modules, "pydoc_data.topics", None)
