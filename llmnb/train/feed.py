@@ -96,6 +96,13 @@ def _from_shards(config):
         )
     else:
         encoding = make_encoding(config, [])
+    top = int(sample_tokens(train, 1 << 20).max())
+    if top >= encoding.n_vocab:
+        raise ValueError(
+            f"{folder} has the token {top}, its tokenizer, "
+            f"{own or config.tokenizer}, has {encoding.n_vocab}: another one "
+            "wrote these shards"
+        )
     source = f"shards in {folder}: {len(train) + len(val):,} tokens"
     return Data(encoding, train, val, source)
 
@@ -126,6 +133,8 @@ def make_encoding(config, documents):
         left -= len(text)
         if not left:
             break
+    if not any(learnt):
+        raise ValueError("there is no text for a tokenizer to learn from")
     return tokenizer.train(learnt, config.vocab_size)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from llmnb.backend import choose
 from llmnb.config import GPT2Config
-from llmnb.train.schedule import learning_rate
+from llmnb.train.schedule import KINDS, learning_rate
 
 
 # an option
@@ -109,10 +109,8 @@ class LearningOptions:
         "", "start from this checkpoint, a file or a folder, at a rate of 1e-4"
     )
     steps: int = option(3000, "updates of the weights", 1)
-    learning_rate: float = option(3e-3, "the highest learning rate")
-    warmup_fraction: float = option(
-        0.1, "share of steps spent rising to it", 0
-    )
+    learning_rate: float = option(3e-3, "the highest learning rate", 0)
+    warmup_fraction: float = option(0.1, "share of steps spent rising to it")
     schedule: str = option("cosine", "cosine, linear, constant or wsd")
     final_fraction: float = option(0.1, "the last rate over the highest")
     eval_every: int = option(100, "steps between two validations", 1)
@@ -130,7 +128,7 @@ class UpdateOptions:
 
     beta1: float = option(0.9, "AdamW: memory of the gradient", 0, 1)
     beta2: float = option(0.95, "AdamW: memory of its square", 0, 1)
-    eps: float = option(1e-8, "AdamW: added to the denominator", 0)
+    eps: float = option(1e-8, "AdamW: added to the denominator", 1e-38)
     weight_decay: float = option(0.1, "AdamW: decay of 2-D tensors", 0)
     clip: float = option(1.0, "largest gradient norm; 0 means no limit", 0)
     total_batch: int = option(
@@ -168,9 +166,10 @@ class KeepOptions:
 
 
 # a number in its range
-def check_range(name, value, least, below):
+def check_range(name, value, least, below=math.inf):
     if not least <= value < below:
-        end = f" and below {below}" if below < math.inf else ""
+        limited = below < math.inf or value == math.inf
+        end = f" and below {below}" if limited else ""
         raise ValueError(f"{name} must be at least {least}{end}, got {value}")
 
 
@@ -203,6 +202,15 @@ def _take_shape(config, shape):
                 "choose one of the two"
             )
         object.__setattr__(config, name, value)
+
+
+def _check_schedule(config):
+    """By the names of the options, which `learning_rate` does not know."""
+    choose("schedule", config.schedule, KINDS)
+    for name in ("warmup_fraction", "final_fraction"):
+        value = getattr(config, name)
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} must lie in [0, 1], got {value}")
 
 
 def _check_total(config):
@@ -243,6 +251,8 @@ class TrainConfig(
     def __post_init__(self):
         if isinstance(self.corpus, (str, os.PathLike)):  # one, not letters
             object.__setattr__(self, "corpus", (self.corpus,))
+        if "" in self.corpus:  # which would be the current folder
+            raise ValueError("corpus must be names of texts, got ''")
         for each in fields(self):
             limits = each.metadata["range"]
             if limits[0] is not None:
@@ -253,7 +263,7 @@ class TrainConfig(
             check_range("seq_len", self.seq_len, 1, math.inf)
         else:
             self.model(self.vocab_size)
-        self.rate(0)
+        _check_schedule(self)
         _check_total(self)
         if self.in_backward:
             _check_in_backward(self)
@@ -284,6 +294,6 @@ class TrainConfig(
 
     def rate(self, step):
         """The learning rate of a step, counted from 0."""
-        share = min(self.warmup_fraction, 2)  # above 1 is refused there
-        plan = self.learning_rate, round(share * self.steps), self.steps
+        warmup = round(self.warmup_fraction * self.steps)
+        plan = self.learning_rate, warmup, self.steps
         return learning_rate(step, *plan, self.schedule, self.final_fraction)

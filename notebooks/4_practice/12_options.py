@@ -58,7 +58,7 @@ import numpy as np
 
 from llmnb.backend import choose
 from llmnb.config import GPT2Config
-from llmnb.train.schedule import learning_rate
+from llmnb.train.schedule import KINDS, learning_rate
 
 
 # %% an option tags=["export"]
@@ -139,10 +139,8 @@ class LearningOptions:
         "", "start from this checkpoint, a file or a folder, at a rate of 1e-4"
     )
     steps: int = option(3000, "updates of the weights", 1)
-    learning_rate: float = option(3e-3, "the highest learning rate")
-    warmup_fraction: float = option(
-        0.1, "share of steps spent rising to it", 0
-    )
+    learning_rate: float = option(3e-3, "the highest learning rate", 0)
+    warmup_fraction: float = option(0.1, "share of steps spent rising to it")
     schedule: str = option("cosine", "cosine, linear, constant or wsd")
     final_fraction: float = option(0.1, "the last rate over the highest")
     eval_every: int = option(100, "steps between two validations", 1)
@@ -157,7 +155,7 @@ class UpdateOptions:
 
     beta1: float = option(0.9, "AdamW: memory of the gradient", 0, 1)
     beta2: float = option(0.95, "AdamW: memory of its square", 0, 1)
-    eps: float = option(1e-8, "AdamW: added to the denominator", 0)
+    eps: float = option(1e-8, "AdamW: added to the denominator", 1e-38)
     weight_decay: float = option(0.1, "AdamW: decay of 2-D tensors", 0)
     clip: float = option(1.0, "largest gradient norm; 0 means no limit", 0)
     total_batch: int = option(
@@ -194,8 +192,7 @@ class KeepOptions:
 # %% [markdown]
 # A number that makes no sense is refused when the configuration is built,
 # not twenty seconds into a run. The ranges of single numbers stand beside them;
-# the other checks exist already: `GPT2Config` knows which shapes are possible
-# and `learning_rate` which schedules, so building one of each asks them.
+# which shapes are possible `GPT2Config` knows, so building one asks it.
 #
 # A single number can stand for the shape. The GPT-2 models that were
 # published have 12, 24, 36 and 48 layers with 768, 1024, 1280 and 1600
@@ -206,9 +203,10 @@ class KeepOptions:
 
 
 # %% a number in its range tags=["exporti"]
-def check_range(name, value, least, below):
+def check_range(name, value, least, below=math.inf):
     if not least <= value < below:
-        end = f" and below {below}" if below < math.inf else ""
+        limited = below < math.inf or value == math.inf
+        end = f" and below {below}" if limited else ""
         raise ValueError(f"{name} must be at least {least}{end}, got {value}")
 
 
@@ -244,6 +242,15 @@ def _take_shape(config, shape):
                 "choose one of the two"
             )
         object.__setattr__(config, name, value)
+
+
+def _check_schedule(config):
+    """By the names of the options, which `learning_rate` does not know."""
+    choose("schedule", config.schedule, KINDS)
+    for name in ("warmup_fraction", "final_fraction"):
+        value = getattr(config, name)
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} must lie in [0, 1], got {value}")
 
 
 def _check_total(config):
@@ -282,6 +289,8 @@ class TrainConfig(
     def __post_init__(self):
         if isinstance(self.corpus, (str, os.PathLike)):  # one, not letters
             object.__setattr__(self, "corpus", (self.corpus,))
+        if "" in self.corpus:  # which would be the current folder
+            raise ValueError("corpus must be names of texts, got ''")
         for each in fields(self):
             limits = each.metadata["range"]
             if limits[0] is not None:
@@ -292,7 +301,7 @@ class TrainConfig(
             check_range("seq_len", self.seq_len, 1, math.inf)
         else:
             self.model(self.vocab_size)
-        self.rate(0)
+        _check_schedule(self)
         _check_total(self)
         if self.in_backward:
             _check_in_backward(self)
@@ -323,8 +332,8 @@ class TrainConfig(
 
     def rate(self, step):
         """The learning rate of a step, counted from 0."""
-        share = min(self.warmup_fraction, 2)  # above 1 is refused there
-        plan = self.learning_rate, round(share * self.steps), self.steps
+        warmup = round(self.warmup_fraction * self.steps)
+        plan = self.learning_rate, warmup, self.steps
         return learning_rate(step, *plan, self.schedule, self.final_fraction)
 
 
@@ -439,6 +448,13 @@ def _from_shards(config):
         )
     else:
         encoding = make_encoding(config, [])
+    top = int(sample_tokens(train, 1 << 20).max())
+    if top >= encoding.n_vocab:
+        raise ValueError(
+            f"{folder} has the token {top}, its tokenizer, "
+            f"{own or config.tokenizer}, has {encoding.n_vocab}: another one "
+            "wrote these shards"
+        )
     source = f"shards in {folder}: {len(train) + len(val):,} tokens"
     return Data(encoding, train, val, source)
 
@@ -472,6 +488,8 @@ def make_encoding(config, documents):
         left -= len(text)
         if not left:
             break
+    if not any(learnt):
+        raise ValueError("there is no text for a tokenizer to learn from")
     return tokenizer.train(learnt, config.vocab_size)
 
 
