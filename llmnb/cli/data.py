@@ -18,7 +18,7 @@ from llmnb.text.documents import sources
 from llmnb.text.reader import Tally
 from llmnb.train.terminal import progress_bar
 from llmnb.train.feed import make_encoding
-from llmnb.train.options import DataOptions, TrainConfig, option
+from llmnb.train.options import DataOptions, TrainConfig, check_range, option
 
 
 @dataclass
@@ -66,6 +66,7 @@ def run(args):
 
 def _run(args, group):
     """Write the shards, or encode for the process that does."""
+    check_range("threads", args.threads, 0)
     names = [x.name for x in _READ] + ["shard_tokens", "val_tokens"]
     options = {name: getattr(args, name) for name in names}
     options["corpus"] = list(args.corpus)

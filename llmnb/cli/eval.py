@@ -19,7 +19,7 @@ from llmnb.text.reader import Tally
 from llmnb.text.shards import pieces_from
 from llmnb.train import choices, evaluation
 from llmnb.train.terminal import progress_bar
-from llmnb.train.options import DataOptions, option
+from llmnb.train.options import DataOptions, check_range, option
 
 
 @dataclass
@@ -71,8 +71,7 @@ def _run(args, group):
     if not (args.text or args.hellaswag):
         raise ValueError("name a file: --text FILE or --hellaswag FILE")
     for name in ("limit", "seq_len", "stride"):
-        if getattr(args, name) < 0:
-            raise ValueError(f"{name} must be at least 0")
+        check_range(name, getattr(args, name), 0)
     named, path = model_of(args)
     set_threads(args)
     cfg, encoding = with_tokenizer(path, args)

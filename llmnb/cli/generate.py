@@ -20,7 +20,7 @@ from llmnb.model.generate import generate_samples, window_start
 from llmnb.model.gpt2 import GPT2
 from llmnb.text.bpe import EOT
 from llmnb.text.tokenizer import encode_text, text_start
-from llmnb.train.options import DataOptions, option
+from llmnb.train.options import DataOptions, check_range, option
 
 
 @dataclass
@@ -79,8 +79,8 @@ def run(args):
     settings = args.temperature, args.top_k, args.top_p
     check_sampling(*settings)
     check_backend(args.backend)
-    if args.samples < 1:
-        raise ValueError(f"samples must be at least 1, got {args.samples}")
+    check_range("tokens", args.tokens, 0)
+    check_range("samples", args.samples, 1)
     set_threads(args)
     prompt = _prompt(args.prompt)
     decoder, encoding, ids = _load_model(args, prompt)
@@ -166,7 +166,7 @@ def _load_model(args, prompt):
     cfg, encoding = with_tokenizer(path, args)
     ids = encode_text(encoding, prompt, args.endoftext)
     ids = [*_start(encoding), *ids.tolist()] or [encoding.eot_token]
-    length = min(len(ids) + max(args.tokens, 0), cfg.max_seq_len)
+    length = min(len(ids) + args.tokens, cfg.max_seq_len)
     if EOT in prompt and not args.endoftext:
         remark(
             f"{EOT} in the prompt is ordinary text (--endoftext takes it as "

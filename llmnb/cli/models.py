@@ -10,6 +10,7 @@ from pathlib import Path
 
 from llmnb.cli.options import remark
 from llmnb.formats.checkpoint import read_config, without_padding
+from llmnb.formats.hub import SOURCES
 from llmnb.formats.vocabulary import open_encoding, tokenizer_of
 from llmnb.train.newest import newest_run
 from llmnb.train.folder import weights_path
@@ -23,7 +24,9 @@ def model_of(args):
     """
     named = Path(args.model) if args.model else newest_run()
     if not named.exists():
-        raise FileNotFoundError(f"there is no run {named}")
+        hint = f"; `llmnb fetch {named}` prints the folder of that model"
+        hint = hint if args.model in SOURCES else ""
+        raise FileNotFoundError(f"there is no run {named}{hint}")
     return named, weights_path(named)
 
 

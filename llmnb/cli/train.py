@@ -68,12 +68,19 @@ OPTIONS = {
 
 
 # begin or go on
+_OF_TEXT = "corpus", "limit", "field", "skip_bad", "endoftext"
+
+
 def _begun(args, group):
     """A new run, from scratch or from a checkpoint."""
     given = fields_of(args.given, TrainConfig)
     if given.get("depth") and not given.keys().isdisjoint(SHAPE):
         names = ", ".join(name.replace("_", "-") for name in SHAPE)
         raise ValueError(f"--depth sets {names}: leave those out")
+    ignored = given.keys() & set(_OF_TEXT)
+    if given.get("shards") and ignored:
+        names = ", ".join(f"--{x.replace('_', '-')}" for x in sorted(ignored))
+        raise ValueError(f"--shards stands for a corpus: leave out {names}")
     check_backend(given.get("backend"))
     make = starting_from if given.get("init") else TrainConfig
     config = make(**given)
@@ -321,7 +328,9 @@ def _report(run, steps):
     print(f"\n{text}\n")
     names = " ".join(sorted(x.name for x in folder.iterdir()))
     say("wrote", f"{folder}: {names}")
-    say("go on", f'llmnb generate {typed(folder)} --prompt "def "')
+    python = "stdlib" in run.config.corpus and not run.config.shards
+    prompt = ' --prompt "def "' if python else ""
+    say("go on", f"llmnb generate {typed(folder)}{prompt}")
 
 
 def _keep_sample(run):

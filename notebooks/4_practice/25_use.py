@@ -52,6 +52,7 @@ from pathlib import Path
 
 from llmnb.cli.options import remark
 from llmnb.formats.checkpoint import read_config, without_padding
+from llmnb.formats.hub import SOURCES
 from llmnb.formats.vocabulary import open_encoding, tokenizer_of
 from llmnb.train.newest import newest_run
 from llmnb.train.folder import weights_path
@@ -62,7 +63,9 @@ def model_of(args):
     """The model that was named, or the newest run's; and its weights."""
     named = Path(args.model) if args.model else newest_run()
     if not named.exists():
-        raise FileNotFoundError(f"there is no run {named}")
+        hint = f"; `llmnb fetch {named}` prints the folder of that model"
+        hint = hint if args.model in SOURCES else ""
+        raise FileNotFoundError(f"there is no run {named}{hint}")
     return named, weights_path(named)
 
 
@@ -102,7 +105,7 @@ from llmnb.model.generate import generate_samples, window_start
 from llmnb.model.gpt2 import GPT2
 from llmnb.text.bpe import EOT
 from llmnb.text.tokenizer import encode_text, text_start
-from llmnb.train.options import DataOptions, option
+from llmnb.train.options import DataOptions, check_range, option
 
 
 @dataclass
@@ -156,8 +159,8 @@ def run(args):
     settings = args.temperature, args.top_k, args.top_p
     check_sampling(*settings)
     check_backend(args.backend)
-    if args.samples < 1:
-        raise ValueError(f"samples must be at least 1, got {args.samples}")
+    check_range("tokens", args.tokens, 0)
+    check_range("samples", args.samples, 1)
     set_threads(args)
     prompt = _prompt(args.prompt)
     decoder, encoding, ids = _load_model(args, prompt)
@@ -243,7 +246,7 @@ def _load_model(args, prompt):
     cfg, encoding = with_tokenizer(path, args)
     ids = encode_text(encoding, prompt, args.endoftext)
     ids = [*_start(encoding), *ids.tolist()] or [encoding.eot_token]
-    length = min(len(ids) + max(args.tokens, 0), cfg.max_seq_len)
+    length = min(len(ids) + args.tokens, cfg.max_seq_len)
     if EOT in prompt and not args.endoftext:
         remark(
             f"{EOT} in the prompt is ordinary text (--endoftext takes it as "
@@ -285,7 +288,7 @@ from llmnb.text.documents import sources
 from llmnb.text.reader import Tally
 from llmnb.train.terminal import progress_bar
 from llmnb.train.feed import make_encoding
-from llmnb.train.options import DataOptions, TrainConfig, option
+from llmnb.train.options import DataOptions, TrainConfig, check_range, option
 
 
 @dataclass
@@ -328,6 +331,7 @@ def run(args):
 
 def _run(args, group):
     """Write the shards, or encode for the process that does."""
+    check_range("threads", args.threads, 0)
     names = [x.name for x in _READ] + ["shard_tokens", "val_tokens"]
     options = {name: getattr(args, name) for name in names}
     options["corpus"] = list(args.corpus)
@@ -395,7 +399,7 @@ from llmnb.text.reader import Tally
 from llmnb.text.shards import pieces_from
 from llmnb.train import choices, evaluation
 from llmnb.train.terminal import progress_bar
-from llmnb.train.options import DataOptions, option
+from llmnb.train.options import DataOptions, check_range, option
 
 
 @dataclass
@@ -442,8 +446,7 @@ def _run(args, group):
     if not (args.text or args.hellaswag):
         raise ValueError("name a file: --text FILE or --hellaswag FILE")
     for name in ("limit", "seq_len", "stride"):
-        if getattr(args, name) < 0:
-            raise ValueError(f"{name} must be at least 0")
+        check_range(name, getattr(args, name), 0)
     named, path = model_of(args)
     set_threads(args)
     cfg, encoding = with_tokenizer(path, args)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import BYTES, PARTS, TINY
+from commands import BYTES, OF_SHARDS, PARTS, TINY
 
 from llmnb.formats.shard import read_shard, write_shard
 from llmnb.text import corpus, shards, tokenizer
@@ -23,8 +23,33 @@ def test_data_then_train(done, tmp_path):
     parts = [read_shard(tmp_path / "shards" / f"{x}.bin") for x in PARTS]
     text = encoding.decode(np.concatenate(parts).tolist())
     assert text == "<|endoftext|>" + "spam and eggs. " * 200
-    out = done("train", "--shards", "shards", *TINY.split())
+    out = done("train", "--shards", "shards", *OF_SHARDS.split())
     assert "shards in shards" in out and "260 tokens" in out
+
+
+def test_what_goes_on_can_be_typed(done, tmp_path):
+    """A folder with a space is quoted; only Python begins with def."""
+    (tmp_path / "a.txt").write_text("spam and eggs. " * 200, "utf-8")
+    data = "data", "my shards", "--corpus", "a.txt", "--tokenizer", "byte"
+    assert "go on      llmnb train --shards 'my shards'\n" in done(*data)
+    train = "train", "--shards", "my shards", "--out", "my run"
+    out = done(*train, *OF_SHARDS.split())
+    assert "go on      llmnb generate 'my run'\n" in out
+
+
+def test_shards_of_another_tokenizer(failed, done, tmp_path):
+    (tmp_path / "a.txt").write_text("spam and eggs. " * 200, "utf-8")
+    done("data", "out", "--corpus", "a.txt", "--vocab-size", 260)
+    tokenizer.save(tokenizer.byte(), tmp_path / "out" / "tokenizer.tiktoken")
+    err = failed("train", "--shards", "out", *OF_SHARDS.split())
+    assert "its tokenizer, out/tokenizer.tiktoken, has 257" in err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_empty_text_has_no_tokenizer(failed, tmp_path):
+    (tmp_path / "a.txt").touch()
+    err = failed("data", "out", "--corpus", "a.txt")
+    assert "there is no text for a tokenizer to learn from" in err
 
 
 def test_data_goes_on_and_refuses_other_options(done, failed, tmp_path):

@@ -31,6 +31,8 @@ from llmnb.train.terminal import progress_bar
     ("info --depth 12 --channels 64", 1, "depth 12 makes channels 768"),
     ("train --corpus nowhere", 1, "nowhere"),
     ("train --shards no-such-folder", 1, "no-such-folder"),
+    ("train --shards a --corpus b --skip-bad", 1,
+     "--shards stands for a corpus: leave out --corpus, --skip-bad"),
     ("train --tokenizer none --limit 99", 1,
      "none: No such file or directory, and no tokenizer: these are"),
     (
@@ -49,10 +51,14 @@ from llmnb.train.terminal import progress_bar
     ("generate . ", 1, ".: holds none of model.safetensors, "),
     ("generate x --temperature -1", 1, "temperature must be at least 0"),
     ("generate x --samples 0", 1, "samples must be at least 1, got 0"),
+    ("generate x --tokens -1", 1, "tokens must be at least 0, got -1"),
+    ("generate gpt2", 1, "no run gpt2; `llmnb fetch gpt2` prints"),
+    ("eval x --text y --limit -1", 1, "limit must be at least 0, got -1"),
     ("data", 2, "the following arguments are required: FOLDER"),
     ("data out --vocab-size 3", 1, "3"),
     ("data out --shard-tokens 0 --tokenizer byte --limit 9", 1, "1, 2147"),
     ("data out --corpus nothing", 1, "no file called nothing"),
+    ("data out --threads -3", 1, "threads must be at least 0, got -3"),
     ("data a/out --tokenizer byte --limit 99 --val-tokens 500", 1,
      "all of them for validation"),
     ("chat nowhere", 1, "there is no model nowhere"),
@@ -79,6 +85,14 @@ def test_mistakes_get_one_line(llmnb, tmp_path, command, code, message):
     assert message in err
     assert err.count("\n") == 1 and "rror: " in err
     assert not list(tmp_path.rglob("*")), "nothing is left"
+
+
+def test_it_may_be_interrupted_while_it_starts(llmnb, monkeypatch):
+    def interrupted(name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("importlib.import_module", interrupted)
+    assert llmnb("info") == (130, "", "")
 
 
 def test_tracebacks_on_request(llmnb, monkeypatch):
