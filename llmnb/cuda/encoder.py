@@ -127,7 +127,7 @@ def _into_buckets(order, starts, inp, K):
 
 # buckets in scratch memory
 def _buckets(rows):
-    """How many buckets rows places go into: 16 to each, on average."""
+    """How many buckets rows places go into: one for 16, at most 1,024."""
     return min(_MOST, -(-rows // 16))
 
 

@@ -380,8 +380,8 @@ def positions_by_one(dwpe, dout, T):
 #
 # Sort the places first, roughly. Bucket $k$ of $K$ holds the places whose
 # token leaves $k$ when divided by $K$. All places of a token are then in one
-# bucket, and with 16 places in a bucket on average there is little to look
-# through. What must not get lost is the order of the text.
+# bucket, and with a bucket for 16 places, up to 1,024 buckets, there is little
+# to look through. What must not get lost is the order of the text.
 #
 # A warp makes a bucket. It goes through the text twice, 32 places at a time,
 # and votes. The first time it counts the places that belong to buckets before
@@ -422,7 +422,7 @@ def _into_buckets(order, starts, inp, K):
 
 # %% buckets in scratch memory tags=["export"]
 def _buckets(rows):
-    """How many buckets rows places go into: 16 to each, on average."""
+    """How many buckets rows places go into: one for 16, at most 1,024."""
     return min(_MOST, -(-rows // 16))
 
 
