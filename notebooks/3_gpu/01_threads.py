@@ -491,7 +491,7 @@ try:
         simulate(hasty, 2, 64, (out, inp))
     verdict("hasty", False, "is caught")
 except RaceError as error:
-    print(error)
+    print(str(error).replace(", and", ",\nand"))
 
 # %% [markdown]
 # Here is a race of another kind: 96 threads count themselves in one number.
@@ -515,7 +515,7 @@ try:
         counted(count)
     verdict("count", False, "is caught")
 except RaceError as error:
-    print(error)
+    print(str(error).replace(", and", ",\nand"))
 
 # %% [markdown]
 # The first line is right, because the simulator runs one thread after the

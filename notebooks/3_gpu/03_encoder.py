@@ -259,7 +259,7 @@ try:
         scattered(scatter)
     verdict("scatter", False, "is caught")
 except RaceError as error:
-    print(error)
+    print(str(error).replace(", and", ",\nand"))
 
 # %% [markdown]
 # The first line is right, token 2 stands in three places, because the

@@ -477,7 +477,7 @@ try:
     caught = False
 except RaceError as error:
     caught = True
-    print(error)
+    print(str(error).replace(", and", ",\nand"))
 verdict("the race", caught, "is caught")
 
 # %% [markdown]
