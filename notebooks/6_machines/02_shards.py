@@ -317,7 +317,7 @@ class Early(Sharded):
         pass
 
 
-def weights(group, made):
+def weights(group, made, config=config):
     shape = config.model(257), 2, 32
     model = made.of(group)(*shape) if group.size > 1 else GPT2(*shape)
     feed = loaders(config, prepare(config))[0]
@@ -330,7 +330,6 @@ for made, claim in (Sharded, True), (Early, False):
     found = rehearse(2, lambda g, made=made: weights(g, made))
     same = all(np.array_equal(x, want) for x in found)
     verdict(made.__name__, same == claim, "the same" if claim else "caught")
-place.cleanup()
 
 # %% [markdown]
 # ## Machines
@@ -742,6 +741,39 @@ for R in (1, 2, 4, 64):
     print(R, f"{8 * 124e6 * (1 + 1 / R) / 1e6:,.0f} MB")
 
 # %% [markdown]
+# **2** (★★). Let each rank clip its shard by the norm of this shard alone. Do the ranks
+# still have the same parameters as each other? As one process?
+#
+# :::{admonition} Solution to exercise 2
+# :class: dropdown
+# As each other, since each gets every shard from its owner: a comparison of ranks
+# finds nothing. Not as one process: a shard's norm is less than that of the whole,
+# so it is shrunk less, or not at all, and each shard by a factor of its own.
+# :::
+
+# %% exercise 2, checked tags=["hide-cell"]
+from dataclasses import replace
+
+
+class Alone(Sharded):
+    """Clips its shard as if there were no other."""
+
+    def clip_gradients(self, max_norm):
+        grads = self._own("grads")
+        norm = math.sqrt(squares(grads, piece_length(grads.size)).sum())
+        shrink(grads, norm, max_norm)
+        return norm
+
+
+short = replace(config, clip=0.1)
+want = weights(ALONE, None, short)
+for made, claim in (Sharded, True), (Alone, False):
+    found = rehearse(2, lambda g, made=made: weights(g, made, short))
+    verdict(made.__name__, np.array_equal(*found), "ranks agree")
+    same = np.array_equal(found[0], want)
+    verdict(made.__name__, same == claim, f"as one process: {claim}")
+
+# %% [markdown]
 # ## Further reading
 #
 # - Rajbhandari et al. (2020), [ZeRO: Memory Optimizations Toward Training
@@ -755,4 +787,5 @@ for R in (1, 2, 4, 64):
 # %% what llmnb gained
 from llmnb.book.index import gained
 
+place.cleanup()
 gained("6.2")
