@@ -491,7 +491,7 @@ def weights_path(path):
 
 def _model_step(folder):
     """The step at which a run's model.bin was written, or -1: not known."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
+    with suppress(OSError, ValueError, KeyError, TypeError, OverflowError):
         return int(read_json(Path(folder, "config.json"))["model_step"])
     return -1
 

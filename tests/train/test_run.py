@@ -561,6 +561,14 @@ def test_a_state_is_a_model(tmp_path):
     assert folders.weights_path(run.folder) == newer
 
 
+@pytest.mark.parametrize("step", ["1e999", "null", '"x"', "[]"])
+def test_a_model_of_no_known_step_is_older_than_a_state(tmp_path, step):
+    (tmp_path / "model.bin").touch()
+    state_path(tmp_path, 0).touch()
+    (tmp_path / "config.json").write_text(f'{{"model_step": {step}}}')
+    assert folders.weights_path(tmp_path) == state_path(tmp_path, 0)
+
+
 def test_a_damaged_state_is_no_model(good, whole):
     at = TensorFile(good)._start  # where the first array begins, params.wte
     flipped = whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :]
