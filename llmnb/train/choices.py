@@ -145,7 +145,8 @@ def write_examples(path, examples):
     """Write a list of `Example` in llm.c's format.
 
     The file is written beside `path` and renamed. Raises ValueError for an
-    example that takes 65,536 bytes or more, and for an empty list.
+    example that takes 65,536 bytes or more or that `read_examples` would
+    refuse, and for an empty list.
 
     Derived in chapter 4.22.
     """
@@ -161,6 +162,7 @@ def write_examples(path, examples):
                 f"bytes and have tokens below 65536, it takes {size}"
             )
         blocks.append(np.array([_EVAL_START, size, *body], "<u2"))
+        _parse(f"write_examples: example {i}", blocks[-1])
     if not blocks:
         raise ValueError("write_examples: there are no examples")
     longest = max(block.nbytes for block in blocks)
@@ -207,7 +209,9 @@ def read_examples(path):
 def _parse(where, numbers):
     """The `Example` at the start of an array, and the numbers it takes."""
     if len(numbers) < 15 or numbers[0] != _EVAL_START:
-        raise ValueError(f"{where} must begin with {_EVAL_START}")
+        raise ValueError(
+            f"{where} must begin with {_EVAL_START} and have 15 numbers"
+        )
     size, _, label, four = numbers[1:5].tolist()
     if size % 2 or not 30 <= size <= 2 * len(numbers):
         raise ValueError(

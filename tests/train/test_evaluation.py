@@ -271,6 +271,10 @@ def test_bad_lines(tmp_path, line, message):
 @pytest.mark.parametrize("examples, message", [
     ([Example(np.zeros(40_000, int), [[1]] * 4, 0)], "less than 65536 by"),
     ([Example(np.array([70_000]), [[1]] * 4, 0)], "tokens below 65536"),
+    ([Example([1], [[1]] * 3, 0)], "example 0 must .* have 15 numbers"),
+    ([Example([1, 2, 3], [[1]] * 3, 0)], "must have 4 endings"),
+    ([Example([1], [[1]] * 4, 4)], "a label of 0 to 3, got 4 and 4"),
+    ([Example([1], [[1, 2], [1], [], [1]], 0)], "of 0 tokens cannot fit"),
     ([], "no examples"),
 ])  # fmt: skip
 def test_examples_that_cannot_be_written(tmp_path, examples, message):
