@@ -246,8 +246,6 @@ class Board:
 
 
 # %% written and read, where TensorBoard is tags=["nbval-ignore-output"]
-from llmnb.train.watch import Board
-
 try:
     board = Board(place.name)
     board.write(3, {"loss": 1.5, "val_loss": None})

@@ -441,11 +441,11 @@ plt.show()
 # last by least. Right: what a smaller stride saves against a stride of the whole
 # context, 256, on the same text, with one standard error: nearly all of it at a half.*
 #
-# The two pictures explain each other: with $s = T$ the dear tokens on the left
-# are in the mean, with $s = T/2$ they are not, and between contexts of 129 and of 256
-# there is little to save. How much that is depends on the model: the longer the context that it can use, the
-# more a small stride brings. Either way the stride belongs to the number:
-# perplexities that were taken with different strides do not compare.
+# The two pictures explain each other: with $s = T$ the dear tokens on the left are in
+# the mean, with $s = T/2$ they are not, and between contexts of 129 and of 256 there
+# is little to save. How much that is depends on the model: the longer the context
+# that it can use, the more a small stride brings. Either way the stride belongs to the
+# number: perplexities that were taken with different strides do not compare.
 #
 # Bits a byte compare with whatever codes the same bytes, a program that packs files
 # too (which begins with nothing, where the model has read ten million characters of
