@@ -427,9 +427,10 @@ def _check_run(state, config):
 # %% [markdown]
 # ## Train and keep
 #
-# The loop of [chapter 4.13](13_loop.ipynb) needs no change. `follow` wraps one generator into others: `_logged`
-# takes each step from `train`, writes its row, and hands the step on; `follow`
-# saves the state when it is time, and hands it on once more.
+# The loop of [chapter 4.13](13_loop.ipynb) needs no change. `follow` wraps one
+# generator into others: `_logged` takes each step from `train`, writes its row, and
+# hands the step on; `follow` saves the state when it is time, and hands it on once
+# more.
 
 
 # %% train and keep tags=["export"]
@@ -549,8 +550,8 @@ def _gentler(run):
 # ## Proof
 #
 # The run is small, and chosen so that every row of
-# [table 4.15.1](15_states.ipynb) has work to do: it accumulates, it skips some updates, and a state is kept
-# every five steps. First it runs straight to its end.
+# [table 4.15.1](15_states.ipynb) has work to do: it accumulates, it skips some
+# updates, and a state is kept every five steps. First it runs straight to its end.
 
 # %% a run with everything in it
 from llmnb.model.init import init_params

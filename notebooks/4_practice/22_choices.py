@@ -369,7 +369,8 @@ print(np.frombuffer(raw[:16], "<i4")[:3], len(raw) > 1024)
 #
 # Our model has read source code, and knows nothing of kettles. So we make it a
 # test from text that it has not read: sixteen tokens, those that follow them, and
-# three other stretches from elsewhere. Each ending has a length of its own, from 2 to 12 tokens.
+# three other stretches from elsewhere. Each ending has a length of its own, from 2 to
+# 12 tokens.
 
 
 # %% a test made from the text
