@@ -158,11 +158,18 @@ def _settings(args, precisions=("fp32",)):
 
 
 # measure writing
+_OF_STEPS = (
+    "config", "precision", "against", "turn", "in_backward", "start", "plot",
+)  # fmt: skip
+
+
 def _writers(args):
-    if args.config or args.against or args.plot or args.in_backward:
+    ignored = [name for name in _OF_STEPS if name in args.given]
+    if ignored:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in ignored)
         raise ValueError(
-            "--write has a model and a rival of its own, and no picture: "
-            "leave out --config, --against, --in-backward and --plot"
+            "--write has a model and a rival of its own, in float32, and no "
+            f"picture: leave out {names}"
         )
     if args.backend != "cpu" or args.kernels is not None:
         raise ValueError("--write times the backend cpu alone")

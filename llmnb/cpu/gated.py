@@ -8,17 +8,13 @@ __all__ = [
 
 
 # imports of the CPU module
-import math
-
+from llmnb.cpu.gelu import CUBIC, SLOPE
 from llmnb.cpu.jit import arguments, inlined, share, team
 from llmnb.cpu.math import fast_exp
 from llmnb.shapes import shapes
 
 
 # two bends and their slopes
-ROOT_8_PI, CUBIC = 2 * math.sqrt(2 / math.pi), 0.044715
-
-
 @inlined
 def _silu(x, number):
     """SiLU of x, and its slope there."""
@@ -31,7 +27,7 @@ def _silu(x, number):
 @inlined
 def _gelu(x, number):
     """GELU of x, in the tanh form, and its slope there."""
-    slope, cubic, one = number(ROOT_8_PI), number(CUBIC), number(1)
+    slope, cubic, one = number(SLOPE), number(CUBIC), number(1)
     q = fast_exp(-abs(slope * x * (one + cubic * x * x)))
     r = one / (one + q)
     sigma = (one if x > 0 else q) * r

@@ -75,8 +75,9 @@ from llmnb.train.terminal import progress_bar
     ("bench --backend cuda --kernels gelo", 1, "no layer 'gelo': choose"),
     ("bench --backend cuda --write", 1, "--write times the backend cpu"),
     ("bench --json no/folder/a.json", 1, "there is no folder no/folder"),
-    ("bench --write --config small", 1, "leave out --config, --against"),
-    ("bench --write --in-backward", 1, "leave out --config, --against"),
+    ("bench --write --config small --turn 2", 1, "out --config, --turn\n"),
+    ("bench --write --in-backward", 1, "no picture: leave out --in-backward"),
+    ("bench --write --precision bf16", 1, "in float32, and no picture: leave"),
     ("info --num-heads 7", 1, "multiple of num_heads"),
 ])  # fmt: skip
 def test_mistakes_get_one_line(llmnb, tmp_path, command, code, message):
