@@ -317,7 +317,8 @@ own = replace(small, tokenizer="bpe", vocab_size=512, init=str(trained))
 other = prepare(own)
 model = new_model(own, other.encoding.n_vocab)
 loss = evaluate(model, loaders(own, other)[1], 10)
-print(f"{loss:.2f} nats a token, a uniform guess {np.log(512):.2f}")
+near = abs(loss - np.log(512)) < 0.3
+verdict("a wrong tokenizer", near, "pays about what a guess pays")
 verdict("a wrong tokenizer", loss > gentle[0] + 0.8, "loses the head start")
 
 # %% [markdown]
