@@ -27,16 +27,6 @@ def test_data_then_train(done, tmp_path):
     assert "shards in shards" in out and "260 tokens" in out
 
 
-def test_what_goes_on_can_be_typed(done, tmp_path):
-    """A folder with a space is quoted; only Python begins with def."""
-    (tmp_path / "a.txt").write_text("spam and eggs. " * 200, "utf-8")
-    data = "data", "my shards", "--corpus", "a.txt", "--tokenizer", "byte"
-    assert "go on      llmnb train --shards 'my shards'\n" in done(*data)
-    train = "train", "--shards", "my shards", "--out", "my run"
-    out = done(*train, *OF_SHARDS.split())
-    assert "go on      llmnb generate 'my run'\n" in out
-
-
 def test_shards_of_another_tokenizer(failed, done, tmp_path):
     (tmp_path / "a.txt").write_text("spam and eggs. " * 200, "utf-8")
     done("data", "out", "--corpus", "a.txt", "--vocab-size", 260)
