@@ -49,3 +49,8 @@ def __getattr__(name):
     if importlib.util.find_spec(f"llmnb.{name}"):
         return importlib.import_module(f"llmnb.{name}")
     raise AttributeError(f"llmnb has no {name!r}")
+
+
+def __dir__():
+    """What a prompt completes."""
+    return [*globals(), *_HOME, "Model", "tokenizer"]

@@ -57,6 +57,7 @@ def test_the_front_door():
     assert llmnb.tokenizer.byte().n_vocab == 257
     with pytest.raises(AttributeError, match="llmnb has no 'nothing'"):
         _ = llmnb.nothing
+    assert {"GPT2", "Model", "load", "tokenizer"} < {*dir(llmnb)}
     assert not hasattr(llmnb, "conf")  # the beginning of a module's name
 
 

@@ -1067,6 +1067,11 @@ def __getattr__(name):
     raise AttributeError(f"llmnb has no {name!r}")
 
 
+def __dir__():
+    """What a prompt completes."""
+    return [*globals(), *_HOME, "Model", "tokenizer"]
+
+
 # %% [markdown]
 # ## What a chapter gained
 #
