@@ -373,19 +373,25 @@ def _expected(path, cfg, state):
 
 # %% the acceptance test tags=["export"]
 def accept(folder, backend="cpu"):
-    """Run llm.c's acceptance test on a starter pack: yields each Check.
+    """Run llm.c's acceptance test on a starter pack: an iterator of Checks.
 
     folder: holds NAME.bin and NAME_debug_state.bin, and perhaps
     NAME_losses.txt with ten losses. The logits, the loss and the 16
     gradients of the state's batch are compared, and then the losses of ten
     steps of AdamW on it. Raises OSError or ValueError for a missing or a
-    damaged file, before anything is computed.
+    damaged file at once; the checks are computed as they are asked for.
     """
     path, state_path, losses_path = _find_pack(folder)
     cfg = read_config(path)
     state = read_debug_state(state_path, cfg)
     expected = _expected(losses_path, cfg, state)
     model = GPT2.from_checkpoint(path, *state.tokens.shape, backend)
+    return _checks(model, state, expected)
+
+
+# %% what is compared tags=["exporti"]
+def _checks(model, state, expected):
+    """Logits, loss and gradients of a state's batch, and ten losses."""
     loss = model.forward(state.tokens, state.targets)
     logits = relative_error(model.logits, state.logits)
     yield Check("logits", logits, _LOGITS)
@@ -397,7 +403,6 @@ def accept(folder, backend="cpu"):
     yield from _ten_losses(model, state, loss, expected)
 
 
-# %% ten steps tags=["exporti"]
 def _ten_losses(model, state, loss, expected):
     """Ten steps of AdamW on one batch; gradients and loss are there."""
     for step, want in enumerate(expected, 1):

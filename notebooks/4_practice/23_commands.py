@@ -476,10 +476,11 @@ def run(args):
     """
     check_backend(args.backend)
     set_threads(args)
+    checks = accept(args.folder, args.backend)
     tell_compiling(args.backend)
     row = "{:<10} {:>8} {:>8}  {}".format
     shown, bad = 0, 0
-    for check in accept(args.folder, args.backend):
+    for check in checks:
         if not shown:
             print(row("", "error", "allowed", ""))
         error = "-" if check.error is None else f"{check.error:.1e}"
