@@ -16,6 +16,7 @@ import importlib
 import json
 import os
 import platform
+import re
 import time
 import warnings
 import weakref
@@ -55,7 +56,8 @@ def make_folder(path):
     """
     path = Path(path)
     if not path.is_dir():
-        make_folder(path.parent)
+        if path != path.parent:  # as of a drive that is not there
+            make_folder(path.parent)
         path.mkdir(exist_ok=True)
         sync_folder(path.parent)
 
@@ -72,11 +74,14 @@ def replacing(path, durable=True):
     anything goes wrong, such as a full disk, the new file is removed, the
     old one is as it was, and the error goes on. After a kill the new file
     may stay; its name is that of `path` and what `BESIDE` matches. durable:
-    wait until the disk has it.
+    wait until the disk has it. A pipe, a device or a folder is not replaced:
+    FileExistsError.
 
     Derived in chapter 4.1.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():
+        raise FileExistsError(f"{path}: must be a regular file")
     beside = path.with_name(f"{path.name}.{os.urandom(8).hex()}.new")
     try:
         with open(beside, "xb") as file:
@@ -289,8 +294,9 @@ def own_folder(path, force=False):
     if path.exists() and not path.is_dir():
         raise FileExistsError(f"{path} is a file, not a folder")
     make_folder(path)
-    names = [x.name for x in path.iterdir() if x.suffix != ".new"]
-    if set(names) - {LOCK} and not force:
+    names = {x.name for x in path.iterdir()} - {LOCK}
+    left = {name for name in names if re.search(f"{BESIDE}$", name)}
+    if names - left and not force:
         state = in_use(path) or (
             "exists and is not empty: choose another folder, or force it "
             "(--force)"

@@ -119,6 +119,25 @@ def test_a_file_system_that_cannot_sync_folders(tmp_path, monkeypatch, number):
         file.write(b"x")
 
 
+@pytest.mark.skipif(os.name == "nt", reason="no such pipes")
+def test_a_pipe_or_a_folder_is_not_replaced(tmp_path):
+    """A device neither, such as /dev/null, which root may replace."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for name in ("pipe", "folder"):
+        with pytest.raises(FileExistsError, match=f"{name}: must be a reg"):
+            files.write_whole(tmp_path / name, b"x")
+    assert (tmp_path / "pipe").is_fifo()
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_drive_that_is_not_there(tmp_path, monkeypatch):
+    """The folder above it is itself."""
+    monkeypatch.setattr("pathlib.Path.is_dir", lambda self: False)
+    with pytest.raises(OSError):
+        make_folder(tmp_path.anchor)
+
+
 def test_an_error_names_the_file_and_not_the_one_beside_it(tmp_path):
     wanted = tmp_path / "none" / "a.txt"
     with pytest.raises(FileNotFoundError) as error:
@@ -130,9 +149,14 @@ def test_a_folder_is_one_programs(tmp_path):
     folder = tmp_path / "a" / "b"
     assert files.own_folder(folder) == folder and folder.is_dir()
     assert files.own_folder(folder) == folder, "an empty folder may be used"
-    (folder / "x").write_text("x")
-    with pytest.raises(FileExistsError, match="exists and is not empty"):
-        files.own_folder(folder)
+    (folder / f"log.{'0' * 16}.new").write_text("what a kill left")
+    assert files.own_folder(folder) == folder
+    for name in ("thesis.new", "x"):
+        (folder / name).write_text("x")
+        with pytest.raises(FileExistsError, match="exists and is not empty"):
+            files.own_folder(folder)
+        if name != "x":
+            (folder / name).unlink()
     assert files.own_folder(folder, force=True) == folder
     assert (folder / "x").exists()
     with pytest.raises(FileExistsError, match="is a file"):
