@@ -12,7 +12,7 @@ import zlib
 
 import numpy as np
 
-from llmnb.files import replacing, what_is
+from llmnb.files import check_regular, replacing, what_is
 from llmnb.reference.bfloat16 import from_bfloat16
 
 
@@ -41,12 +41,13 @@ def write_tensors(path, tensors, metadata=None):
     tensors: a mapping from name to array, of any shape and a dtype in
     `DTYPES`, or TypeError is raised. metadata: a mapping from str to str.
     A checksum of each array goes with them; ValueError when all that takes
-    more than 8 MiB. No more than one array is copied at a time. The file
+    more than 8 MiB, and for a name that the format or the sums have. No more than one array is copied at a time. The file
     appears whole or not at all.
 
     Derived in chapter 4.3.
     """
     note, table, at = dict(metadata or {}), {}, 0
+    _check_words(tensors, note)
     # the widest numbers first, so that each array begins at a multiple of
     # its numbers' size
     order = sorted(tensors, key=lambda name: -tensors[name].itemsize)
@@ -64,6 +65,19 @@ def write_tensors(path, tensors, metadata=None):
             file.write(body)
         file.seek(0)
         file.write(_head(table, note, sums))
+
+
+# its words
+def _check_words(tensors, note):
+    """Raise for names and metadata that no reader would take."""
+    for word in (*tensors, *note, *note.values()):
+        if not isinstance(word, str):
+            raise TypeError(
+                f"write_tensors: names and metadata must be str, got {word!r}"
+            )
+    for name, words in (("__metadata__", tensors), (_SUMS, note)):
+        if name in words:
+            raise ValueError(f"write_tensors: {name} is taken, as a name")
 
 
 # a row of the table
@@ -115,6 +129,7 @@ class TensorFile:
     def __init__(self, path):
         from safetensors import SafetensorError, safe_open
 
+        check_regular(path)
         self.path = path
         try:
             with open(path, "rb") as file:
@@ -123,7 +138,9 @@ class TensorFile:
                     raise ValueError(f"a table of {size:,} bytes is too long")
                 with safe_open(path, framework="numpy"):
                     self._table = json.loads(file.read(size))
-            self.metadata = self._table.pop("__metadata__", {})
+            self.metadata = self._table.pop("__metadata__", None) or {}
+            if not all(isinstance(x, dict) for x in self._table.values()):
+                raise ValueError("a row of its table must be an object")
             self._sums = dict(json.loads(self.metadata.pop(_SUMS, "{}")))
         except (SafetensorError, ValueError, TypeError, RecursionError) as e:
             why = what_is(path) or f"{e!s:.200}"  # which may quote the table

@@ -1,6 +1,7 @@
 """Arrays in one file: the library reads what we write, and we what it does."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -84,6 +85,25 @@ def rows(*kinds):
     return [{"x": dict(zip(names, x, strict=False))} for x in kinds]
 
 
+def test_metadata_that_are_null(tmp_path):
+    """The library takes them for none."""
+    row = {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]}
+    by_hand(tmp_path / "a", {"__metadata__": None, "x": row}, b"\1\2")
+    file = TensorFile(tmp_path / "a")
+    assert file.metadata == {} and file["x"].tolist() == [1, 2]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no such pipes")
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a")
+    place = os.open(tmp_path / "a", os.O_RDWR)
+    try:
+        os.write(place, bytes(8))  # so that no reader waits
+        refused("a: must be a regular file", TensorFile, tmp_path / "a")
+    finally:
+        os.close(place)
+
+
 U8 = {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]}
 LIES = rows(
     ("F32", [2**40], [0, 2**42]), ("F32", [3], [0, 8]), ("F32", [2], [4, 12]),
@@ -91,7 +111,7 @@ LIES = rows(
 ) + [
     {"__metadata__": {"llmnb.crc32": note}, "x": U8}
     for note in ("3", "{", "[" * 9000, '"x"')
-]  # fmt: skip
+] + [{"x": ["F32", [2], [0, 8]]}]  # fmt: skip
 
 
 @pytest.mark.parametrize("table", LIES, ids=range(len(LIES)))
@@ -165,4 +185,14 @@ def test_what_none_would_read_is_not_written(tmp_path):
         write_tensors(tmp_path / "a", {}, {"k": "v" * (1 << 23)})
     with pytest.raises(TypeError, match="z must be one of .*complex128"):
         write_tensors(tmp_path / "a", {"z": np.zeros(2, complex)})
+    x = np.zeros(2)
+    for tensors, note in (({1: x}, {}), ({}, {"k": 3}), ({}, {3: "v"})):
+        with pytest.raises(TypeError, match="must be str, got [13]"):
+            write_tensors(tmp_path / "a", tensors, note)
+    for tensors, note in (
+        ({"__metadata__": x}, {}),
+        ({"x": x}, {"llmnb.crc32": "{}"}),
+    ):
+        with pytest.raises(ValueError, match="is taken, as a name"):
+            write_tensors(tmp_path / "a", tensors, note)
     assert not list(tmp_path.iterdir())
