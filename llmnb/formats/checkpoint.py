@@ -87,8 +87,11 @@ def find_model(path):
     packed = sorted(path.glob("*.gguf"))
     if len(packed) == 1:
         return packed[0]
+    if packed:
+        raise ValueError(f"{path}: holds {len(packed)} GGUF files: name one")
     for other in sorted(path.glob("*.*")):
-        if other.suffix in _OTHERS and (what := what_is(other)):
+        known = other.suffix in _OTHERS and other.is_file()
+        if known and (what := what_is(other)):
             raise ValueError(f"{other}: {what}")
     raise FileNotFoundError(f"{path}: holds none of {', '.join(names)}")
 
@@ -183,7 +186,7 @@ class Opened(NamedTuple):
 
         params: a mapping from llm.c's names to arrays in the shapes of
         parameter_shapes(cfg), float32 or float64, as `GPT2.params`. Raises
-        ValueError or TypeError when they do not fit the file, before any is
+        KeyError, ValueError or TypeError when they do not fit the file, before any is
         written to, and ValueError when the file ends early after all, does
         not match its checksum, or when a weight is not finite.
         """

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from llmnb.files import read_json
-from llmnb.formats.llmc import config_of
+from llmnb.formats.llmc import check_shapes, config_of
 from llmnb.formats.safetensors import TensorFile, write_tensors
 from llmnb.model.tensors import tensor_table
 
@@ -72,10 +72,12 @@ def write_safetensors(path, cfg, params):
     params: a mapping from our names to arrays, as `GPT2.params`. The tensors
     are float32, without padding. What no shape shows stands in the metadata:
     GPT-2's number of heads, or all of another configuration. The file
-    appears whole or not at all.
+    appears whole or not at all. Raises ValueError for arrays of another
+    model's shapes.
 
     Derived in chapter 4.4.
     """
+    check_shapes("write_safetensors", cfg, params)
     tensors = {
         name: place.of(params).astype(np.float32, copy=False)
         for name, place in pieces(cfg).items()

@@ -170,20 +170,22 @@ def write_checkpoint(path, cfg, params, version=3):
 
     params: a mapping from llm.c's names to arrays, as `GPT2.params`.
     version: 3 for float32, 5 for bfloat16, rounded from float32 to nearest;
-    ValueError for another. The file appears whole or not at all.
+    ValueError for another, and for arrays of another model's shapes. The
+    file appears whole or not at all.
     """
     if version not in _BODIES:
         raise ValueError(
             f"write_checkpoint: version must be 3 (float32) or 5 (bfloat16), "
             f"got {version!r}"
         )
+    check_shapes("write_checkpoint", cfg, params)
     sizes = *astuple(cfg), cfg.padded_vocab_size
     header = header_of(MAGIC, version, *sizes).view("<u4")
     header[-2], total = _SUMMED, 0
     with replacing(path) as file:
         file.write(header.data)
         for part in _pieces(params[x] for x in parameter_shapes(cfg)):
-            part = part.astype(np.float32, copy=False)
+            part = np.ascontiguousarray(part, np.float32)
             body = to_bfloat16(part) if version == 5 else part
             body = body.astype(_BODIES[version], copy=False).data
             total = zlib.crc32(body, total)
@@ -191,6 +193,19 @@ def write_checkpoint(path, cfg, params, version=3):
         header[-1] = zlib.crc32(header, total)
         file.seek(0)
         file.write(header.data)
+
+
+# %% the shapes of what is written tags=["exporti"]
+def check_shapes(name, cfg, params):
+    """Raise ValueError unless params are those of a model of this cfg.
+
+    name: what the message calls who writes them.
+    """
+    for x, shape in parameter_shapes(cfg).items():
+        if params[x].shape != shape:
+            raise ValueError(
+                f"{name}: {x} must have shape {shape}, got {params[x].shape}"
+            )
 
 
 # %% pieces tags=["exporti"]

@@ -55,7 +55,7 @@ from typing import NamedTuple
 import numpy as np
 
 from llmnb.files import read_json
-from llmnb.formats.llmc import config_of
+from llmnb.formats.llmc import check_shapes, config_of
 from llmnb.formats.safetensors import TensorFile, write_tensors
 from llmnb.model.tensors import tensor_table
 
@@ -146,8 +146,10 @@ def write_safetensors(path, cfg, params):
     params: a mapping from our names to arrays, as `GPT2.params`. The tensors
     are float32, without padding. What no shape shows stands in the metadata:
     GPT-2's number of heads, or all of another configuration. The file
-    appears whole or not at all.
+    appears whole or not at all. Raises ValueError for arrays of another
+    model's shapes.
     """
+    check_shapes("write_safetensors", cfg, params)
     tensors = {
         name: place.of(params).astype(np.float32, copy=False)
         for name, place in pieces(cfg).items()
@@ -498,8 +500,11 @@ def find_model(path):
     packed = sorted(path.glob("*.gguf"))
     if len(packed) == 1:
         return packed[0]
+    if packed:
+        raise ValueError(f"{path}: holds {len(packed)} GGUF files: name one")
     for other in sorted(path.glob("*.*")):
-        if other.suffix in _OTHERS and (what := what_is(other)):
+        known = other.suffix in _OTHERS and other.is_file()
+        if known and (what := what_is(other)):
             raise ValueError(f"{other}: {what}")
     raise FileNotFoundError(f"{path}: holds none of {', '.join(names)}")
 
@@ -606,7 +611,7 @@ class Opened(NamedTuple):
 
         params: a mapping from llm.c's names to arrays in the shapes of
         parameter_shapes(cfg), float32 or float64, as `GPT2.params`. Raises
-        ValueError or TypeError when they do not fit the file, before any is
+        KeyError, ValueError or TypeError when they do not fit the file, before any is
         written to, and ValueError when the file ends early after all, does
         not match its checksum, or when a weight is not finite.
         """

@@ -139,6 +139,23 @@ def test_a_precision_that_a_format_lacks(model, tmp_path):
     assert not list(tmp_path.glob("a*"))
 
 
+@pytest.mark.parametrize("name", ["model.bin", "model.safetensors"])
+def test_another_models_arrays_are_not_written(model, saved, name):
+    model.save_checkpoint(saved.with_name(name))
+    before = saved.with_name(name).read_bytes()
+    params = dict(model.params) | {"wpe": np.zeros((10, 15), np.float32)}
+    with pytest.raises(ValueError, match=r"wpe must have shape \(9, 15\), g"):
+        checkpoint.write_model(saved.with_name(name), CFG, params)
+    assert saved.with_name(name).read_bytes() == before
+
+
+def test_every_second_number_of_an_array_is_written(model, saved):
+    wide = np.repeat(model.params["lnfw"], 2)
+    before = saved.read_bytes()
+    write_checkpoint(saved, CFG, dict(model.params) | {"lnfw": wide[::2]})
+    assert saved.read_bytes() == before
+
+
 def test_long_tensors_are_read_in_pieces(model, saved, monkeypatch):
     monkeypatch.setattr(llmc, "_PORTION", 7)
     again = GPT2.from_checkpoint(saved, 1, 5, "reference")
@@ -417,6 +434,18 @@ def test_a_folder_of_another_kind_says_so(tmp_path, name, write, what):
         read_config(tmp_path)
     (tmp_path / name).write_bytes(write)
     refused(f"{name}: this is .*{what}", read_config, tmp_path)
+
+
+def test_a_folder_in_a_folder_is_no_model(tmp_path):
+    (tmp_path / "model.ckpt").mkdir()
+    with pytest.raises(FileNotFoundError, match="holds none of"):
+        read_config(tmp_path)
+
+
+def test_of_two_ggufs_none_is_chosen(tmp_path):
+    for name in ("a.Q4_0.gguf", "a.Q8_0.gguf"):
+        (tmp_path / name).write_bytes(b"GGUF")
+    refused(f"{tmp_path.name}: holds 2 GGUF files", read_config, tmp_path)
 
 
 def test_a_folder_with_a_gguf_is_read_as_one(tmp_path, monkeypatch):
