@@ -33,16 +33,17 @@ _KINDS = {2: (20240520, 1), 4: (20240801, 7)}
 def write_shard(path, tokens, vocab_size=None):
     """Write tokens as a shard in llm.c's format, uint16 or uint32.
 
-    tokens: one dimension of integers in [0, vocab_size), at least one and
-    fewer than 2**31. vocab_size: up to 65,536 a token takes two bytes, beyond
-    that four; None is one more than the largest token. The file is written
+    tokens: one dimension of integers in [0, vocab_size) and below 2**31, at
+    least one and fewer than 2**31. vocab_size: up to 65,536 a token takes two
+    bytes, beyond that four; None is one more than the largest. It is written
     beside `path` and renamed into place. Raises TypeError or ValueError for
     other tokens.
 
     Derived in chapter 4.9.
     """
     tokens, name = np.asarray(tokens), "write_shard: tokens"
-    check_tokens(name, tokens, vocab_size or 2**31)
+    most = 2**31 if vocab_size is None else min(vocab_size, 2**31)
+    check_tokens(name, tokens, most)
     if tokens.ndim != 1 or not 0 < tokens.size < 2**31:
         raise ValueError(
             f"{name} must be 1 to {2**31 - 1} in one dimension, got shape "

@@ -69,6 +69,14 @@ def test_the_vocabulary_chooses_the_width(tmp_path, vocab_size):
         write_shard(path, [vocab_size], vocab_size)
 
 
+@pytest.mark.parametrize("vocab_size", [0, 2**31, 2**40])
+def test_a_token_that_four_bytes_do_not_hold(tmp_path, vocab_size):
+    most = min(vocab_size, 2**31)
+    with pytest.raises(ValueError, match=rf"lie in \[0, {most}\), got"):
+        write_shard(tmp_path / "a.bin", [2**32 + 5], vocab_size)
+    assert os.listdir(tmp_path) == []
+
+
 def test_shards_of_large_tokens_are_read_as_arrays_are(tmp_path):
     tokens = np.random.default_rng(0).integers(0, 2**31, 999)
     paths = [tmp_path / "train_000000.bin", tmp_path / "train_000001.bin"]
