@@ -18,6 +18,7 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from functools import partial
+from http.client import HTTPException
 from itertools import chain
 from pathlib import Path
 
@@ -172,7 +173,8 @@ def _tinyshakespeare():
             path = downloads_folder() / name
             if not path.exists():
                 _download(SHAKESPEARE_URL, path)
-        except (OSError, RuntimeError) as error:  # RuntimeError: no home
+        # RuntimeError: no home; HTTPException: broken off
+        except (OSError, RuntimeError, HTTPException) as error:
             raise ConnectionError(
                 f"cannot fetch tinyshakespeare from {SHAKESPEARE_URL} "
                 f"({error}); put it as {name} into a folder and name "

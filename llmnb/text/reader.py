@@ -118,7 +118,7 @@ BLOCK = 1 << 20  # bytes that are read at once
 def text_blocks(path, stream):
     """Yield the text of a stream, decoded in blocks.
 
-    path: of its file, a Path, whose name and first lines say how it is
+    path: of its file, whose name and first lines say how it is
     encoded. Raises NotText, naming the file and the byte.
 
     Derived in chapter 4.7.
@@ -160,17 +160,22 @@ CODECS = re.compile(
 
 def _codec_of(path):
     """UTF-8, or what the first lines of a .py file declare."""
-    if path.suffix != ".py":
+    if Path(path).suffix != ".py":
         return "utf-8-sig"
     with open(path, "rb") as file:
         try:
-            name = tokenize.detect_encoding(lambda: file.readline(1 << 12))[0]
+            name = tokenize.detect_encoding(lambda: _short_line(file))[0]
         except SyntaxError:
             raise NotText(f"{path} must be UTF-8 text") from None
     name = codecs.lookup(name).name
     if not CODECS.fullmatch(name):
         raise NotText(f"{path} must be UTF-8 text, it declares {name}")
     return name
+
+
+def _short_line(file):
+    """The beginning of a line, without characters that are cut in two."""
+    return file.readline(1 << 12).decode("utf-8", "ignore").encode()
 
 
 # the record in a line
@@ -244,8 +249,8 @@ def read_lines(path, stream):
     number = 0
     while line := stream.readline(LINE + 1):
         number += 1
-        if number == 1:
-            line = line.removeprefix(codecs.BOM_UTF8)
+        if number == 1 and line.startswith(codecs.BOM_UTF8):
+            line = line[3:] + stream.readline(3 * (line[-1:] != b"\n"))
         if line.strip() or len(line) > LINE:
             yield f"{path}:{number}", line
             while len(line) > LINE and line[-1:] != b"\n":
@@ -332,7 +337,7 @@ def read_records(path, stream, take, skip_bad=False, tally=None):
 
     Derived in chapter 4.7.
     """
-    bad = 0
+    bad, tally = 0, tally or Tally()
     for where, line in read_lines(path, stream):
         try:
             found = take(where, read_record(where, line))

@@ -248,6 +248,15 @@ def test_a_declared_encoding_of_text_files(tmp_path, codec):
     assert read(tmp_path / "a.py") == ([text], "")
 
 
+@pytest.mark.parametrize("start", ["x = '", "#"])
+def test_a_source_whose_first_line_is_long(tmp_path, start):
+    """Its beginning is looked at, and ends within a character."""
+    text = start + "é" * 9999 + "'\n"
+    (tmp_path / "a.py").write_text(text, "utf-8", newline="")
+    assert read(tmp_path) == ([text], "")
+    assert reader.read_text(str(tmp_path / "a.py")) == text
+
+
 def test_runs_and_shards_are_no_text(tmp_path):
     for name in (
         "runs/a/tokenizer.tiktoken", "runs/a/log.csv", "runs/a/deep/b.txt",
@@ -314,6 +323,26 @@ def test_bad_records_are_counted_or_refused(tmp_path, bad, says):
     refused(says, read, tmp_path)
     got = read(tmp_path, skip_bad=True)
     assert got == (["0", "1", "2"], "; passed over: bad records 3")
+
+
+@pytest.mark.parametrize("more", [-2, -1, 0, 1, 2, 9])
+def test_a_long_first_line_behind_a_mark_is_one_line(tmp_path, more):
+    text = "x" * (LINE - len(b'{"text": ""}\n') + more)
+    raw = b'\xef\xbb\xbf{"text": "%s"}\n{"text": "two"}\n' % text.encode()
+    (tmp_path / "a.jsonl").write_bytes(raw)
+    if more > 0:
+        refused("jsonl:1: a line must have at most", read, tmp_path)
+    got = read(tmp_path, skip_bad=True)
+    said = "; passed over: bad records 1" if more > 0 else ""
+    assert got == ([text, "two"][more > 0 :], said)
+
+
+def test_bad_records_are_passed_over_without_a_tally(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"a": 1}\n{"text": "one"}\n')
+    with open_stream(path) as (stream, _):
+        found = reader.read_documents(path, stream, "text", skip_bad=True)
+        assert ["".join(blocks) for _, blocks in found] == ["one"]
 
 
 def test_a_bomb_of_newlines_is_counted_in_seconds(tmp_path):
@@ -394,12 +423,13 @@ def server(monkeypatch):
     """A web server on this machine that answers with `reply`."""
 
     class Handler(BaseHTTPRequestHandler):
-        reply, status, asked = PLAY.encode(), 200, 0
+        reply, status, asked, lost = PLAY.encode(), 200, 0, 0
 
         def do_GET(self):
             Handler.asked += 1
             self.send_response(self.status)
-            self.send_header("Content-Length", str(len(self.reply)))
+            size = len(self.reply) + self.lost
+            self.send_header("Content-Length", str(size))
             self.end_headers()
             self.wfile.write(self.reply)
 
@@ -436,6 +466,15 @@ def test_a_download_that_is_none(play, server, reply, status, error, says):
     with pytest.raises(error, match=says):
         corpus.load_corpus("tinyshakespeare")
     assert os.listdir(play.parent) == []
+
+
+def test_a_download_that_breaks_off(play, server):
+    server.lost = 9
+    with pytest.raises(ConnectionError, match="9 more expected.*LLMNB_DATA"):
+        corpus.load_corpus("tinyshakespeare")
+    assert os.listdir(play.parent) == []
+    server.lost = 0
+    assert corpus.load_corpus("tinyshakespeare") == SPEECHES
 
 
 @pytest.mark.parametrize("there", [True, False])
