@@ -119,7 +119,7 @@ def encoding_of(path, tokens):
             f"{path}: the last token must be {EOT}, got {last!r:.80}"
         )
     rank = {token: i for i, token in enumerate(tokens)}
-    if len(rank) < len(tokens):
+    if len(rank) < len(tokens) or last in rank:
         raise ValueError(f"{path}: a token comes twice")
     for number in range(256):
         if bytes([number]) not in rank:
@@ -194,6 +194,10 @@ def _read_merges(path):
 
 
 # a vocabulary and its merges
+_TEXT = r"[^\ud800-\udfff]*"  # without half a character, which JSON can write
+_SPECIAL = re.compile(rf"<{_TEXT}>|\[{_TEXT}\]")
+
+
 def _merged(path, vocab, merges, added=()):
     """The encoding of a vocabulary, letters to numbers, and its merges.
 
@@ -204,14 +208,15 @@ def _merged(path, vocab, merges, added=()):
     plain = _joined(path, {x: vocab.get(x) for x in LETTERS}, vocab, merges)
     rest = {x: n for x, n in vocab.items() if x not in plain}
     for x in rest:
-        if x not in added and not re.fullmatch(r"<.*>|\[.*\]", x, re.DOTALL):
+        if x not in added and not _SPECIAL.fullmatch(x):
             raise ValueError(
                 f"{path}: no merge makes the token {x!r:.80}: the merges are "
                 "cut short, or another vocabulary's"
             )
     top = max(*plain.values(), vocab.get(EOT, 0))
     special = {x: n for x, n in rest.items() if n <= top}
-    if len({*plain.values(), *special.values()}) <= top:
+    numbers = {*plain.values()}
+    if len(numbers) < len(plain) or len({*special.values()} | numbers) <= top:
         raise ValueError(f"{path}: must number its tokens 0, 1, 2, ...")
     if EOT not in special:
         raise ValueError(
@@ -386,19 +391,20 @@ def keep_encoding(encoding, folder):
 
     encoding: as open_encoding gives it, or a tiktoken.Encoding whose one
     special token is `<|endoftext|>`. One that was kept there before is
-    removed. Raises ValueError when the folder holds another's vocab.json.
+    removed. Raises ValueError, and writes nothing, when the folder holds
+    another's vocab.json.
 
     Derived in chapter 4.6.
     """
     from llmnb.text import tokenizer
 
     folder, files = Path(folder), getattr(encoding, "files", {})
+    other = folder / "vocab.json"  # which is looked for before these files
+    if files and other.is_file():
+        raise ValueError(f"{other}: is of another tokenizer than {folder}'s")
     if not files:
         tokenizer.save(encoding, folder / TOKENIZER_FILES[0])
     for name, raw in files.items():
         write_whole(folder / name, raw)
     for name in KEPT - {*(files or TOKENIZER_FILES[:1])}:
         (folder / name).unlink(missing_ok=True)
-    found = tokenizer_beside(folder)
-    if files and found.name not in files:
-        raise ValueError(f"{found}: is of another tokenizer than {folder}'s")

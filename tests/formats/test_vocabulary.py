@@ -146,6 +146,12 @@ def test_merges_that_are_cut_short(tmp_path, trained, before):
         refused("vocab.json: no merge makes", read_vocab, path)
 
 
+@pytest.mark.parametrize("token", ["<\ud800>", "[\udfff]"])
+def test_half_a_character_is_no_special_token(tmp_path, trained, token):
+    path = own_files(tmp_path, trained, [token, "<|endoftext|>"])
+    refused("vocab.json: no merge makes the token", read_vocab, path)
+
+
 def test_a_vocabulary_without_an_end_of_text(tmp_path, trained):
     path = own_files(tmp_path, trained, ["<s>", "</s>"])
     refused("vocab.json: has no <.endoftext.>", read_vocab, path)
@@ -224,6 +230,15 @@ def test_a_number_without_a_token(tmp_path, trained):
     found = json.loads(path.read_text("utf-8"))
     vocab = found["model"]["vocab"]
     vocab["<|endoftext|>"] = found["added_tokens"][0]["id"] = 270
+    path.write_text(json.dumps(found), "utf-8")
+    refused("must number its tokens 0, 1, 2", read_tokenizer_json, path)
+
+
+def test_two_bytes_of_one_number(tmp_path, trained):
+    path = tokenizer_json(tmp_path, trained)
+    found = json.loads(path.read_text("utf-8"))
+    vocab = found["model"]["vocab"]
+    vocab["a"], vocab["[X]"] = vocab["b"], vocab["a"]
     path.write_text(json.dumps(found), "utf-8")
     refused("must number its tokens 0, 1, 2", read_tokenizer_json, path)
 
@@ -333,6 +348,7 @@ EOT = b"<|endoftext|>"
     ([*BYTES[1:], b"ab", EOT], "no token for the byte 0"),
     ([*BYTES, b"ab", b"ab", EOT], "comes twice"),
     ([*BYTES, b"abc", b"ab", EOT], "token 256 joins no two earlier ones"),
+    ([*BYTES, *(EOT[:n] for n in range(2, 14)), EOT], "comes twice"),
 ])  # fmt: skip
 def test_a_decoder_without_an_encoder(tmp_path, tokens, says):
     with pytest.raises(ValueError, match=f"t: .*{says}"):

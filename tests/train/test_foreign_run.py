@@ -173,9 +173,11 @@ def test_a_json_of_gpt2s_kind_with_other_ends_stays_what_it_is(tmp_path):
     # and a folder with another tokenizer is not written over
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "vocab.json").write_text("{}")
+    (tmp_path / "b" / "tokenizer.model").write_text("mine")
     with pytest.raises(ValueError, match=r"vocab\.json: is of another token"):
         keep_encoding(encoding, tmp_path / "b")
-    assert (tmp_path / "b" / "vocab.json").read_text() == "{}"
+    here = {x.name: x.read_text() for x in (tmp_path / "b").iterdir()}
+    assert here == {"vocab.json": "{}", "tokenizer.model": "mine"}
 
 
 # more tokens than two bytes can number
