@@ -24,7 +24,9 @@ def library_json(path, most):
     try:
         theirs = library.Tokenizer.from_str(raw.decode("utf-8"))
         said = json.loads(raw)
-    except Exception as error:  # the library has no class of its own for it
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic of Rust's is no Exception
         what = what_is(path) or f"not a tokenizer ({error!s:.200})"
         raise ValueError(f"{path}: {what}") from None
     theirs.no_truncation()

@@ -3,8 +3,10 @@
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from commands import raising
 from fuzz import header, refused
 from spelling import merges_of, own_files, tokenizer_bin, tokens_of, vocab_of
 
@@ -263,6 +265,25 @@ def test_a_tokenizer_json_of_another_kind(tmp_path):
     ):  # fmt: skip
         path.write_bytes(raw)
         refused(f"tokenizer.json: {says}", open_encoding, tmp_path)
+
+
+def test_a_panic_of_the_library_is_one_sentence(tmp_path, monkeypatch):
+    """As some files make, which no error of Python's is."""
+
+    class Panic(BaseException):
+        pass
+
+    def stand_in(error):
+        made = SimpleNamespace(from_str=raising(error, "slice index"))
+        return lambda *_: SimpleNamespace(Tokenizer=made)
+
+    place, path = "llmnb.formats.library.package", tmp_path / "tokenizer.json"
+    path.write_text("{}")
+    monkeypatch.setattr(place, stand_in(Panic))
+    refused("json: not a tokenizer .slice index", open_encoding, path)
+    monkeypatch.setattr(place, stand_in(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        open_encoding(path)
 
 
 # which tokenizer
