@@ -107,11 +107,15 @@ folder = Path(tempfile.mkdtemp())
 # *The right part has the same words.* The expression never looks back, and in
 # the whole a match begins at $p$. From there both see the same text.
 #
-# The tokenizers of this book all use this pattern, so the claim serves them
-# all. What is a blank? The `\s` of tiktoken's pattern and that of Python's
-# `re` differ in a few control characters. We cut before a space or a line
-# break only, blanks for both, and after what Python counts as no blank, which
-# leaves out all that either calls one.
+# The tokenizers of Parts 1 to 4 all use this pattern, so the claim serves them
+# all. Those of [chapter 5.8](../5_modern/08_tokenizers.ipynb) have other rules:
+# Llama 3's takes `.` and the line break behind it as one word. There a cut,
+# one in a million characters, may change the tokens beside it.
+#
+# What is a blank? The `\s` of tiktoken's pattern and that of Python's `re`
+# differ in a few control characters. We cut before a space or a line break
+# only, blanks for both, and after what Python counts as no blank, which leaves
+# out all that either calls one.
 
 # %% cut a text tags=["exporti"]
 PIECE = 1 << 20  # characters that are encoded at once, about
