@@ -289,14 +289,15 @@ def encoded(
 class _Stream:
     """The tokens of a corpus in blocks, as of `encoded`, taken in portions."""
 
-    def __init__(self, blocks, drop=0):
+    def __init__(self, blocks, place=START):
         self._blocks = blocks
         self._tokens, self._used = np.empty(0), 0
         self.counts = 0, 0, 0
-        if drop and self.more():
-            if drop > len(self._tokens):
+        if place != START:
+            found = self.more() and self._place == place._replace(drop=0)
+            if not found or place.drop > len(self._tokens):
                 raise ValueError("the place to go on from does not exist")
-            self._used = drop
+            self._used = place.drop
 
     def more(self):
         """Whether there is another token."""
@@ -372,8 +373,8 @@ def conditions(sources, encoding, options):
 def _check_conditions(path, note, now):
     """Raise ValueError when unfinished work was begun otherwise."""
     then = note["conditions"]
-    for name, value in now["options"].items():
-        old = then["options"].get(name)
+    for name in then["options"] | now["options"]:
+        old, value = (x["options"].get(name) for x in (then, now))
         if old != value:
             raise ValueError(
                 f"{path}: this work was begun with {name} {old}, not {value}: "
@@ -432,10 +433,10 @@ def shards_folder(path, force=False):
     return own_folder(path, force or Path(path, NOTE).exists())
 
 
-def _clear(folder, force):
-    """Remove what a kill left half written; with force, all that is ours."""
+def _clear(folder, *kept):
+    """Remove all that is ours but what has one of these names."""
     for path in folder.iterdir():
-        if OURS.fullmatch(path.name) and (force or path.suffix == ".new"):
+        if OURS.fullmatch(path.name) and path.name not in kept:
             path.unlink()
 
 
@@ -454,13 +455,13 @@ def _note_of(folder, sources, encoding, options, force):
                     f"{folder / name} must have {count} tokens: start anew "
                     "with --force"
                 )
-        _clear(folder, False)
+        _clear(folder, NOTE, *KEPT, *(name for name, _ in note["shards"]))
         return note
     val = _validation(sources, encoding, options)
-    _clear(folder, force)
     note = {"conditions": now, "val_tokens": val, "shards": []}
     note["next"] = START
-    _write_note(path, note)
+    _write_note(path, note)  # before old shards go: what is left is no whole
+    _clear(folder, NOTE)
     return note
 
 
@@ -513,12 +514,13 @@ def write_shards(
     ValueError or OSError.
     """
     _check_options(options)
+    options = json.loads(json.dumps(options, default=np.generic.item))
     with Lock(folder) as lock:
         folder = shards_folder(folder, force)  # nobody has filled it since
         work = sources, encoding, options
         note = _note_of(folder, *work, force)
         place = note["next"]
-        stream = _Stream(blocks(*work, place, workers), place.drop)
+        stream = _Stream(blocks(*work, place, workers), place)
         yield from _written(folder, lock, encoding, options, note, stream)
 
 
@@ -581,7 +583,7 @@ def _check_options(options):
 def _check_end(folder, note):
     total = sum(count for _, count in note["shards"])
     if total <= note["val_tokens"]:
-        _clear(folder, True)
+        _clear(folder)
         raise ValueError(
             f"the corpus has {total:,} tokens, all of them for validation "
             f"({note['val_tokens']:,}): none is left to train on"

@@ -339,7 +339,52 @@ def test_killed_at_every_renaming(tmp_path, texts, place):
         assert written(out) == written(tmp_path / "whole")
 
 
+def test_old_shards_half_removed_are_not_whole_work(
+    tmp_path, texts, whole, monkeypatch
+):
+    """A kill among the removals of --force leaves a note; it goes on."""
+    out, removed, unlink = tmp_path / "out", [], Path.unlink
+    make(out, [texts], shard_tokens=400)
+
+    def killed(path, *how, **more):
+        unlink(path, *how, **more)
+        removed.append(path)
+        if len(removed) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "unlink", killed)
+    with pytest.raises(KeyboardInterrupt):
+        make(out, [texts], force=True)
+    monkeypatch.undo()
+    assert len(written(out)) > len(written(whole)) + 1
+    make(out, [texts])
+    assert written(out) == written(whole)
+
+
 # what is refused
+
+
+def test_a_place_behind_the_text_is_refused(tmp_path, texts):
+    """It was taken for the end of work that is done."""
+    out = begun(tmp_path / "out", texts)
+    said = json.loads((out / shards.NOTE).read_text())
+    for drop in (said["next"]["drop"], 0):
+        place = said["next"] | {"piece": 10**6, "drop": drop}
+        (out / shards.NOTE).write_text(json.dumps(said | {"next": place}))
+        with pytest.raises(ValueError, match="place to go on from does not"):
+            make(out, [texts])
+
+
+def test_options_are_compared_as_the_note_holds_them(tmp_path, texts, whole):
+    sizes = {"shard_tokens": np.int64(1000), "names": ("a", "b")}
+    out, found = shards_folder(tmp_path / "out"), sources([texts])
+    work = write_shards(out, found, ours(), OPTIONS | sizes)
+    for _ in range(4):
+        next(work)
+    work.close()
+    refused("names .'a', 'b'., not None", make, out, [texts])
+    make(out, [texts], **sizes)
+    assert written(out) == written(whole)
 
 
 def test_a_restart_with_other_options_is_refused(tmp_path, texts):
