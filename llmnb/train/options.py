@@ -165,12 +165,26 @@ class KeepOptions:
     )
 
 
-# a number in its range
+# a number in its range, a value of its kind
 def check_range(name, value, least, below=math.inf):
     if not least <= value < below:
         limited = below < math.inf or value == math.inf
         end = f" and below {below}" if limited else ""
         raise ValueError(f"{name} must be at least {least}{end}, got {value}")
+
+
+def _of_kind(name, value, kind):
+    """The value of an option as JSON keeps it, else TypeError."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if kind is tuple:
+        many = (value,) if isinstance(value, str) else value  # not letters
+        return tuple(_of_kind(name, x, str) for x in many)
+    if type(value) not in ((int, float) if kind is float else (kind,)):
+        raise TypeError(f"{name} must be {kind.__name__}, got {value!r}")
+    return value
 
 
 # a shape from a depth
@@ -241,16 +255,18 @@ class TrainConfig(
 ):
     """Every number that fixes a training run.
 
-    With a depth, num_layers, num_heads and channels are set by it. Raises
-    ValueError, in one sentence, when a number is out of its range or does
-    not go with another.
+    With a depth, num_layers, num_heads and channels are set by it. A path
+    becomes a str, a number of NumPy's one of Python's: a run keeps them as
+    JSON. Raises TypeError or ValueError, in one sentence, when a number is of
+    another kind, out of its range, or does not go with another.
 
     Derived in chapter 4.12.
     """
 
     def __post_init__(self):
-        if isinstance(self.corpus, (str, os.PathLike)):  # one, not letters
-            object.__setattr__(self, "corpus", (self.corpus,))
+        for each in fields(self):
+            value = _of_kind(each.name, getattr(self, each.name), each.type)
+            object.__setattr__(self, each.name, value)
         if "" in self.corpus:  # which would be the current folder
             raise ValueError("corpus must be names of texts, got ''")
         for each in fields(self):

@@ -21,7 +21,13 @@ from llmnb.text import tokenizer
 from llmnb.train import loop
 from llmnb.train.feed import Data, landmarks, loaders, make_encoding, prepare
 from llmnb.train.finetune import starting_from
-from llmnb.train.folder import load_run, read_run, save_run, write_log
+from llmnb.train.folder import (
+    config_from,
+    load_run,
+    read_run,
+    save_run,
+    write_log,
+)
 from llmnb.train.landmarks import ngram_entropy, unigram_entropy
 from llmnb.train.loop import Progress, train, train_step
 from llmnb.train.options import TrainConfig, depth_shape
@@ -84,14 +90,36 @@ def test_config_refuses(wrong, message):
 
 def test_config(tmp_path):
     """Its rates, and that a corpus alone is one."""
-    for one in (str(tmp_path), tmp_path):
-        assert TrainConfig(corpus=one).corpus == (one,)
+    for one in (str(tmp_path), tmp_path, [tmp_path], iter([tmp_path])):
+        assert TrainConfig(corpus=one).corpus == (str(tmp_path),)
     config = TrainConfig(steps=100, learning_rate=1.0, warmup_fraction=0.1)
     rates = [config.rate(s) for s in range(100)]
     assert rates[0] == pytest.approx(0.1)
     assert max(rates) == rates[9] == rates[10] == 1.0
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert config.rate(100) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(("wrong", "message"), [
+    ({"steps": 100.0}, "steps must be int, got 100.0"),
+    ({"steps": "3"}, "steps must be int, got '3'"),
+    ({"depth": True}, "depth must be int, got True"),
+    ({"overfit": "no"}, "overfit must be bool, got 'no'"),
+    ({"learning_rate": None}, "learning_rate must be float, got None"),
+    ({"tokenizer": b"gpt2"}, "tokenizer must be str, got b'gpt2'"),
+    ({"corpus": ["a", 3]}, "corpus must be str, got 3"),
+])  # fmt: skip
+def test_config_refuses_another_kind(wrong, message):
+    """A run of it could not be read back."""
+    with pytest.raises(TypeError, match=message):
+        TrainConfig(**wrong)
+
+
+def test_a_config_is_what_its_run_keeps(tmp_path):
+    given = {"corpus": tmp_path, "shards": tmp_path, "seed": np.int64(3)}
+    config = TrainConfig(**given, clip=np.float32(0.5), overfit=np.True_)
+    kept = json.loads(json.dumps(asdict(config)))
+    assert config_from(kept) == config
 
 
 CHANNELS = {
