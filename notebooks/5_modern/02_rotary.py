@@ -135,8 +135,10 @@ def rope_frequencies(hs, theta, scaling=None):
     hs: the channels of a head, an even number. theta: the base. scaling:
     None; ("linear", factor), which divides all; or ("llama3", factor, low,
     high, length), which divides the slow ones and leaves the fast. Returns
-    (hs / 2,). Raises ValueError for another scaling.
+    (hs / 2,). Raises ValueError for an odd hs, or another scaling.
     """
+    if hs % 2:
+        raise ValueError(f"rope: hs must be even, got {hs}")
     found = theta ** (-np.arange(0, hs, 2) / hs)
     if scaling is None:
         return found
@@ -231,10 +233,13 @@ plt.show()
 def check_turn(layer, x, table, heads, first):
     """Raise ValueError unless so many heads of x can turn by the table."""
     (_, T, width), hs = x.shape, table.shape[1]
-    if hs % 2 or width % hs or not 1 <= heads <= width // hs:
+    for name, n in (("heads", heads), ("first", first)):
+        if not isinstance(n, (int, np.integer)):
+            raise ValueError(f"{layer}: {name} must be an integer, got {n!r}")
+    if not hs or hs % 2 or width % hs or not 1 <= heads <= width // hs:
         raise ValueError(
-            f"{layer}: x must have shape (B, T, n hs), hs = {hs} even and n "
-            f"at least heads = {heads}, got {x.shape}"
+            f"{layer}: x must have shape (B, T, n hs), hs = {hs} even and "
+            f"above 0, n at least heads = {heads}, got {x.shape}"
         )
     if not 0 <= first <= len(table) - T:
         raise ValueError(
@@ -246,9 +251,9 @@ def check_turn(layer, x, table, heads, first):
 def _pairs(layer, x, table, heads, first):
     """Views of both halves of the heads that turn; cosines and sines."""
     check_turn(layer, x, table, heads, first)
-    (B, T, _), hs = x.shape, table.shape[1]
-    turning = x.reshape(B, T, -1, hs)[:, :, :heads]
-    rows = table[first : first + T, None]
+    (B, T, width), hs = x.shape, table.shape[1]
+    turning = x.reshape(B, T, width // hs, hs)[:, :, :heads]
+    rows = table[int(first) :][:T, None]
     half = hs // 2
     return turning[..., :half], turning[..., half:], *np.split(rows, 2, -1)
 
@@ -706,9 +711,10 @@ def _turn(x, table, heads, first, sign):
 
 def _turn_pairs(layer, x, table, heads, first, sign):
     check_turn(layer, x, table, heads, first)
+    heads, first = int(heads), int(first)
     pairs = x.shape[0] * x.shape[1] * heads * table.shape[1] // 2
     if pairs:
-        how = int(heads), int(first), np.float32(sign)
+        how = heads, first, np.float32(sign)
         _turn[-(-pairs // BLOCK), BLOCK](x, table, *how)
 
 
