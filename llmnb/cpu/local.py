@@ -31,8 +31,8 @@ def local_attention_forward(
 
     Derived in chapter 5.4.
     """
-    layer, rule = "local_attention_forward", (window, scale, softcap)
-    check_rule(layer, *rule)
+    layer = "local_attention_forward"
+    rule = check_rule(layer, window, scale, softcap)
     made = prepared(layer, (out, lse, inp), rule, work, bf16)
     team_forward(out.reshape(-1), lse, inp.reshape(-1), *made)
 
@@ -52,8 +52,8 @@ def local_attention_backward(
 
     Derived in chapter 5.4.
     """
-    layer, rule = "local_attention_backward", (window, scale, softcap)
-    check_rule(layer, *rule)
+    layer = "local_attention_backward"
+    rule = check_rule(layer, window, scale, softcap)
     made = prepared(layer, (out, lse, inp), rule, work, bf16)
     flat = (x.reshape(-1) for x in (dinp, dout, inp, out, lse))
     team_backward(*flat, add, *made)

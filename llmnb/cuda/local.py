@@ -46,14 +46,14 @@ def _capped_score(scale, softcap):
 
 def _rule(layer, hs, window, scale, softcap):
     """The rule of chapter 3.9 that these make."""
-    check_rule(layer, window, scale, softcap)
+    window, scale, softcap = check_rule(layer, window, scale, softcap)
     if scale is None:
         scale = 1 / math.sqrt(hs)
     if softcap is None:
         score = plain_score(float(scale))
     else:
         score = _capped_score(float(scale), float(softcap))
-    return int(window or 0), score
+    return window or 0, score
 
 
 # attention with a window on a GPU

@@ -17,7 +17,7 @@ from llmnb.shapes import check_number, shapes
 
 # a rule, and its scores
 def check_rule(layer, window, scale, softcap):
-    """Raise TypeError or ValueError for a rule that no attention has."""
+    """The rule, its window an int; raise for one that no attention has."""
     whole = isinstance(window, (int, np.integer))
     if window is not None and (not whole or window < 1):
         raise ValueError(
@@ -27,6 +27,8 @@ def check_rule(layer, window, scale, softcap):
     for name, value in (("scale", scale), ("softcap", softcap)):
         if value is not None:
             check_number(f"{layer}: {name}", value, "above 0")
+    window = window and min(int(window), 2**31)  # no text is longer
+    return window, scale, softcap
 
 
 def _local_scores(q, k, window, scale, softcap):
@@ -67,9 +69,9 @@ def local_attention_forward(
     """
     layer = "local_attention_forward"
     heads = count_heads(layer, out, lse, inp)
-    check_rule(layer, window, scale, softcap)
+    rule = check_rule(layer, window, scale, softcap)
     q, k, v = split_qkv(inp, heads)
-    scores, _ = _local_scores(q, k, window, scale, softcap)
+    scores, _ = _local_scores(q, k, *rule)
     top = scores.max(axis=-1)
     total = top + np.log(np.exp(scores - top[..., None]).sum(axis=-1))
     att = np.exp(scores - total[..., None])
@@ -93,13 +95,13 @@ def local_attention_backward(
     """
     layer = "local_attention_backward"
     heads = count_heads(layer, out, lse, inp)
-    check_rule(layer, window, scale, softcap)
+    rule = check_rule(layer, window, scale, softcap)
     if not add:
         dinp.fill(0)
     q, k, v = split_qkv(inp, heads)
     dq, dk, dv = split_qkv(dinp, heads)
     o, do = (split_heads(x, heads.NKV, heads.hs) for x in (out, dout))
-    scores, slope = _local_scores(q, k, window, scale, softcap)
+    scores, slope = _local_scores(q, k, *rule)
     att = np.exp(scores - lse.reshape(*q.shape[:-1], 1))
     dv += (att.swapaxes(-1, -2) @ do).sum(axis=2, keepdims=True)
     datt = do @ v.swapaxes(-1, -2)
@@ -112,9 +114,9 @@ def local_attention_backward(
 # which heads have norms
 def key_heads(layer, inp, rstd, hs):
     """NKV, from a row of NH + 2 NKV heads of which NH + NKV have a norm."""
-    heads, normed = inp.shape[2] // hs, rstd.shape[2]
-    NKV = heads - normed
-    if inp.shape[2] % hs or not 0 < NKV < normed:
+    width, normed = inp.shape[2], rstd.shape[2]
+    NKV = width // max(1, hs) - normed
+    if not hs or width % hs or not 0 < NKV < normed:
         raise ValueError(
             f"{layer}: inp must have shape (B, T, (NH + 2 NKV) hs), where "
             f"hs = {hs} and NH + NKV = {normed}, got {inp.shape}"
@@ -125,8 +127,8 @@ def key_heads(layer, inp, rstd, hs):
 # norms of heads
 def _normed(x, hs, rstd):
     """The heads that have a norm, (B, T, n, hs), and the rest of the row."""
-    B, T, _ = x.shape
-    heads = x.reshape(B, T, -1, hs)
+    B, T, width = x.shape
+    heads = x.reshape(B, T, width // hs, hs)
     return heads[:, :, : rstd.shape[2]], heads[:, :, rstd.shape[2] :]
 
 

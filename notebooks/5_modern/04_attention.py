@@ -96,9 +96,8 @@ def draw_heads(ax, NH, NKV):
     for h in range(NKV):
         place = (h + 0.5) * NH / NKV - 0.5
         for low, colour in ((0, "orange"), (-0.7, "green")):
-            box = plt.Rectangle(
-                (place, low), 1, 0.7, fc=PALETTE[colour], **look
-            )
+            at = place, low
+            box = plt.Rectangle(at, 1, 0.7, fc=PALETTE[colour], **look)
             ax.add_patch(box)
     ax.set(xlim=(0, NH), ylim=(-0.8, 2.4), aspect="equal")
     ax.set_title(f"NH = {NH}, NKV = {NKV}", size=10)
@@ -203,9 +202,8 @@ print(f"largest weight, queries and keys times {factors}")
 for name, found in runs.items():
     print(f"{name:<12}", *[f"{x:6.3f}" for x in found[:, 0]])
 plain, cap, norms = (x[-1] for x in runs.values())
-verdict(
-    "plain", plain[0] > 0.999 and plain[1] < 1e-6, "one weight, no gradient"
-)
+died = plain[0] > 0.999 and plain[1] < 1e-6
+verdict("plain", died, "one weight, no gradient")
 verdict("soft cap", cap[0] < 0.5, "several weights")
 verdict("norms", np.allclose(runs["norms"], runs["norms"][0]), "do not see it")
 
@@ -292,7 +290,7 @@ from llmnb.shapes import check_number, shapes
 
 # %% a rule, and its scores tags=["exporti"] module="reference.local"
 def check_rule(layer, window, scale, softcap):
-    """Raise TypeError or ValueError for a rule that no attention has."""
+    """The rule, its window an int; raise for one that no attention has."""
     whole = isinstance(window, (int, np.integer))
     if window is not None and (not whole or window < 1):
         raise ValueError(
@@ -302,6 +300,8 @@ def check_rule(layer, window, scale, softcap):
     for name, value in (("scale", scale), ("softcap", softcap)):
         if value is not None:
             check_number(f"{layer}: {name}", value, "above 0")
+    window = window and min(int(window), 2**31)  # no text is longer
+    return window, scale, softcap
 
 
 def _local_scores(q, k, window, scale, softcap):
@@ -340,9 +340,9 @@ def local_attention_forward(
     """
     layer = "local_attention_forward"
     heads = count_heads(layer, out, lse, inp)
-    check_rule(layer, window, scale, softcap)
+    rule = check_rule(layer, window, scale, softcap)
     q, k, v = split_qkv(inp, heads)
-    scores, _ = _local_scores(q, k, window, scale, softcap)
+    scores, _ = _local_scores(q, k, *rule)
     top = scores.max(axis=-1)
     total = top + np.log(np.exp(scores - top[..., None]).sum(axis=-1))
     att = np.exp(scores - total[..., None])
@@ -371,13 +371,13 @@ def local_attention_backward(
     """
     layer = "local_attention_backward"
     heads = count_heads(layer, out, lse, inp)
-    check_rule(layer, window, scale, softcap)
+    rule = check_rule(layer, window, scale, softcap)
     if not add:
         dinp.fill(0)
     q, k, v = split_qkv(inp, heads)
     dq, dk, dv = split_qkv(dinp, heads)
     o, do = (split_heads(x, heads.NKV, heads.hs) for x in (out, dout))
-    scores, slope = _local_scores(q, k, window, scale, softcap)
+    scores, slope = _local_scores(q, k, *rule)
     att = np.exp(scores - lse.reshape(*q.shape[:-1], 1))
     dv += (att.swapaxes(-1, -2) @ do).sum(axis=2, keepdims=True)
     datt = do @ v.swapaxes(-1, -2)
@@ -395,9 +395,9 @@ def local_attention_backward(
 # %% which heads have norms tags=["exporti"] module="reference.local"
 def key_heads(layer, inp, rstd, hs):
     """NKV, from a row of NH + 2 NKV heads of which NH + NKV have a norm."""
-    heads, normed = inp.shape[2] // hs, rstd.shape[2]
-    NKV = heads - normed
-    if inp.shape[2] % hs or not 0 < NKV < normed:
+    width, normed = inp.shape[2], rstd.shape[2]
+    NKV = width // max(1, hs) - normed
+    if not hs or width % hs or not 0 < NKV < normed:
         raise ValueError(
             f"{layer}: inp must have shape (B, T, (NH + 2 NKV) hs), where "
             f"hs = {hs} and NH + NKV = {normed}, got {inp.shape}"
@@ -408,8 +408,8 @@ def key_heads(layer, inp, rstd, hs):
 # %% norms of heads tags=["export"] module="reference.local"
 def _normed(x, hs, rstd):
     """The heads that have a norm, (B, T, n, hs), and the rest of the row."""
-    B, T, _ = x.shape
-    heads = x.reshape(B, T, -1, hs)
+    B, T, width = x.shape
+    heads = x.reshape(B, T, width // hs, hs)
     return heads[:, :, : rstd.shape[2]], heads[:, :, rstd.shape[2] :]
 
 
@@ -642,8 +642,8 @@ def local_attention_forward(
     attention_forward. All float32 or all float64 and C-contiguous. Raises
     TypeError or ValueError before it computes anything.
     """
-    layer, rule = "local_attention_forward", (window, scale, softcap)
-    check_rule(layer, *rule)
+    layer = "local_attention_forward"
+    rule = check_rule(layer, window, scale, softcap)
     made = prepared(layer, (out, lse, inp), rule, work, bf16)
     team_forward(out.reshape(-1), lse, inp.reshape(-1), *made)
 
@@ -661,8 +661,8 @@ def local_attention_backward(
     as in the forward pass. All float32 or all float64 and C-contiguous.
     Raises TypeError or ValueError before it computes anything.
     """
-    layer, rule = "local_attention_backward", (window, scale, softcap)
-    check_rule(layer, *rule)
+    layer = "local_attention_backward"
+    rule = check_rule(layer, window, scale, softcap)
     made = prepared(layer, (out, lse, inp), rule, work, bf16)
     flat = (x.reshape(-1) for x in (dinp, dout, inp, out, lse))
     team_backward(*flat, add, *made)
@@ -759,14 +759,14 @@ def _capped_score(scale, softcap):
 
 def _rule(layer, hs, window, scale, softcap):
     """The rule of chapter 3.9 that these make."""
-    check_rule(layer, window, scale, softcap)
+    window, scale, softcap = check_rule(layer, window, scale, softcap)
     if scale is None:
         scale = 1 / math.sqrt(hs)
     if softcap is None:
         score = plain_score(float(scale))
     else:
         score = _capped_score(float(scale), float(softcap))
-    return int(window or 0), score
+    return window or 0, score
 
 
 # %% attention with a window on a GPU tags=["export"] module="cuda.local"

@@ -63,6 +63,34 @@ def test_a_rule_that_none_has(layer, rule, error, what):
             getattr(layer, way)(**given)
 
 
+@pytest.mark.parametrize("layer", (reference, cpu, cuda))
+@pytest.mark.parametrize("kind", (np.int32, np.uint8, bool))
+def test_windows_of_other_integers(layer, kind):
+    """As those of Python's, whichever of both was compiled for."""
+    p = draw("local_attention", 1, 7, 1, 1, 4, dtype=np.float32)
+    for window in (kind(1), 1, None, kind(1)):
+        check_window(layer, p, window)
+
+
+@pytest.mark.parametrize("layer", (reference, cpu, cuda))
+@pytest.mark.parametrize("window", (2**31, 2**63 - 1, 2**64))
+def test_windows_that_end_nowhere(layer, window):
+    p = draw("local_attention", 1, 7, 1, 1, 4, dtype=np.float32)
+    check_window(layer, p, window)
+
+
+def check_window(layer, p, window):
+    """Both passes against a window of Python's that is no longer than T."""
+    plain = {"window": min(7, int(window or 7))}
+    want = results(LAYER, passed(LAYER, reference, p | plain))
+    p = copied(p) | {"window": window}
+    if layer is cuda:
+        p |= {k: simulated(x) for k, x in p.items() if np.ndim(x)}
+    for way in LAYER.ways:
+        getattr(layer, way)(**arguments(way, p))
+    assert_near({k: np.asarray(p[k]) for k in want}, want, 2e-6)
+
+
 # norms of heads
 
 
@@ -77,6 +105,21 @@ def test_norms_of_heads_that_do_not_fit(layer):
             layer.headnorm_backward(
                 x.copy(), w.copy(), w.copy(), x, w, w, rstd
             )
+
+
+@BOTH
+def test_heads_of_no_channels(layer):
+    x, rstd, w = np.zeros((1, 2, 0)), np.zeros((1, 2, 3)), np.zeros(0)
+    with pytest.raises(ValueError, match="hs = 0 and NH"):
+        layer.headnorm_forward(x.copy(), rstd, x, w, w)
+
+
+def test_norms_of_heads_of_no_tokens():
+    x, rstd, w = np.zeros((0, 2, 8)), np.zeros((0, 2, 3)), np.ones(2)
+    reference.headnorm_forward(x.copy(), rstd, x, w, w)
+    dw, same = np.ones((2, 2)), np.ones((2, 2))
+    reference.headnorm_backward(x.copy(), *dw, x, w, w, rstd)
+    assert np.array_equal(dw, same)
 
 
 # soft caps
