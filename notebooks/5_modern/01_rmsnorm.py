@@ -703,7 +703,8 @@ def rmsnorm_forward(out, rstd, inp, weight, eps=1e-5, offset=0.0):
     rows, C = rstd.size, len(weight)
     arrays = out.reshape(rows, C), rstd.reshape(rows), inp.reshape(rows, C)
     numbers = np.float32(eps), np.float32(offset)
-    _forward[blocks(rows, 8), 256](*arrays, weight, *numbers)
+    if rows:
+        _forward[blocks(rows, 8), 256](*arrays, weight, *numbers)
 
 
 # %% [markdown]
@@ -761,8 +762,9 @@ def rmsnorm_backward(
     dx, dy, x = (a.reshape(rows, C) for a in (dinp, dout, inp))
     table = work[:floats].reshape(parts, C)
     arrays = dx, table, dy, x, weight, rstd.reshape(rows)
-    _backward[parts, 256](*arrays, np.float32(offset), int(add))
-    add_parts(dweight, dweight, work, parts, C)  # there is no dbias
+    if rows:
+        _backward[parts, 256](*arrays, np.float32(offset), int(add))
+        add_parts(dweight, dweight, work, parts, C)  # there is no dbias
 
 
 # %% the same results on the simulator
@@ -819,8 +821,10 @@ for C in (36, 301):
 from llmnb.reference import rmsnorm_backward, rmsnorm_forward
 
 dinp, dweight = gradients(rmsnorm_backward)
+before = out.copy()
 inp *= -1
 turned = gradients(rmsnorm_backward)
+compare("out", out, -before, tol=1e-12)
 compare("dinp", turned[0], dinp, tol=1e-12)
 compare("dweight", turned[1], -dweight, tol=1e-12)
 

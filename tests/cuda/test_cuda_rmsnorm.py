@@ -1,7 +1,12 @@
 """RMSNorm on a GPU: long rows, what it moves."""
 
+import numpy as np
 import pytest
 from gpu import check_row
+
+from llmnb import cuda
+from llmnb.gpu.launch import simulated
+from llmnb.gpu.simulator import watch
 
 
 def check(*shape, add=True):
@@ -34,3 +39,14 @@ def test_what_backward_moves():
     assert seen.atomics == 0 and len(seen.launches) == 2
     _, over = check(1, rows, 256, add=False)
     assert over.sectors == seen.sectors - rows * 32  # dinp is not read
+
+
+@pytest.mark.parametrize("shape", ((0, 3), (2, 0)))
+def test_nothing_is_launched_for_no_rows(shape):
+    x, stats, w = (np.zeros(s, "f4") for s in ((*shape, 8), shape, 8))
+    out, dinp, inp, dout = (simulated(x) for _ in range(4))
+    weight, dweight, rstd = simulated(w), simulated(w), simulated(stats)
+    with watch() as seen:
+        cuda.rmsnorm_forward(out, rstd, inp, weight)
+        cuda.rmsnorm_backward(dinp, dweight, dout, inp, weight, rstd)
+    assert not seen.launches
