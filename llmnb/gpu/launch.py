@@ -323,15 +323,21 @@ def _kinds(args):
     )
 
 
+def _none(size):
+    """Whether a grid or a block of this size holds nothing."""
+    return 0 in size if isinstance(size, tuple) else size == 0
+
+
 # a launch
 class Kernel:
     """A function that every thread of a grid runs.
 
     `kernel[grid, block](arguments)` launches it: on a device's arrays it runs
     there, in the current stream; on those of the simulated GPU it is
-    simulated. A call returns nothing. Raises TypeError for a Python float,
-    which would be computed with in float64, and ValueError for a grid with
-    more than 65,535 blocks along another axis than the first.
+    simulated. A call returns nothing, and does nothing where there are no
+    blocks, or no threads in one. Raises TypeError for a Python float, which
+    would be computed with in float64, and ValueError for a grid with more
+    than 65,535 blocks along another axis than the first.
 
     Derived in chapter A.6.
     """
@@ -355,6 +361,8 @@ class Kernel:
                 f"{self.__name__}: grid {grid} has more than 65,535 blocks "
                 "along an axis that is not the first"
             )
+        if _none(grid) or _none(block):
+            return
         record((self, grid, block, _kinds(args)))
         if any(isinstance(x, DeviceArray) for x in args):
             plain = [getattr(x, "_array", x) for x in args]

@@ -208,12 +208,37 @@ def test_machine_code(name, odd):
         assert (made.vector_loads > 0) is (made.vector_stores > 0) is not odd
 
 
+REFUSING = "attention", "local_attention", "crossentropy", "fused_classifier"
+
+
+def emptied(name):
+    """Arguments with batches of no rows, and the names of those arrays."""
+    _, arrays, _ = drawn(name, SIZE)
+    row = getattr(cuda, name).arguments.arrays
+    batched = {a.name for a in row if "B" in a.names or a.open}
+    arrays = {k: x[:0] if k in batched else x for k, x in arrays.items()}
+    return arrays, batched
+
+
 @pytest.mark.parametrize("name", LIGHT)
 def test_nothing_is_launched_for_empty_arrays(name):
-    layer, arrays, _ = drawn(name, SIZE)
-    row = getattr(reference, name).arguments.arrays
-    batched = {a.name for a in row if ("B" in a.names)}
-    empty = {k: x[:0] if k in batched else x for k, x in arrays.items()}
+    empty, _ = emptied(name)
     with watch() as seen:
-        layer(*there(empty, simulated).values())
+        getattr(cuda, name)(*there(empty, simulated).values())
     assert not seen.launches
+
+
+@pytest.mark.parametrize("name", [x for x in NAMES if emptied(x)[1]])
+def test_a_batch_of_no_rows_adds_nothing(name):
+    """Or is refused, where a row must have a sum."""
+    arrays, batched = emptied(name)
+    layer, given = getattr(cuda, name), there(arrays, simulated)
+    if name.startswith(REFUSING):
+        with pytest.raises(ValueError, match="must not be (empty|0)"):
+            layer(*given.values())
+        return
+    with watch():
+        layer(*given.values())
+    for key, x in arrays.items():
+        if isinstance(x, np.ndarray) and key not in batched:
+            np.testing.assert_array_equal(to_host(given[key]), x, key)

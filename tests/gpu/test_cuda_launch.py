@@ -10,7 +10,7 @@ from llmnb.bench.rungs_matmul import MATMUL_FORWARD
 from llmnb.gpu import launch
 from llmnb.gpu.launch import empty, kernel, missing, simulated, to_host
 from llmnb.gpu.ptx import compile_kernel, no_compiler
-from llmnb.gpu.simulator import cuda, load4, store4
+from llmnb.gpu.simulator import cuda, load4, store4, watch
 from llmnb.gpu.toolkit import gpus
 
 compiles = pytest.mark.skipif(bool(no_compiler()), reason=no_compiler())
@@ -202,6 +202,20 @@ def test_a_python_float_is_refused():
     with pytest.raises(TypeError, match=r"double: pass np.float32\(...\)"):
         double[1, 32](inp, inp, 4.0)
     double[1, 32](inp, inp, np.int32(4))
+
+
+@pytest.mark.parametrize(
+    "size", [(0, 32), ((3, 0), 32), (2, 0), ((2, 2), (8, 0)), (np.int64(0), 1)]
+)
+def test_a_launch_of_no_threads_does_nothing(size):
+    """Of layers on empty arrays; a driver refuses it."""
+    out = simulated(floats(4))
+    with watch() as seen:
+        double[size](out, out, 4)
+    same(out, floats(4))
+    assert not seen.launches and not seen.threads
+    with pytest.raises(ValueError, match="a grid has 1 block or more"):
+        double[-1, 32](out, out, 4)
 
 
 def test_a_grid_that_no_gpu_takes_is_refused():
