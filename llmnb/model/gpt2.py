@@ -410,13 +410,17 @@ class GPT2(_Updates):
         The same as forward, backward, clip_gradients(max_norm) and
         update(**settings, decay=decay), one after the other, and raises
         what they raise.
-        With the cuda backend it is one launch: see llmnb.gpu.graph.
+        With the cuda backend it is one launch, unless `ops` was exchanged:
+        see llmnb.gpu.graph.
         """
         decay = self._tune(AdamW(**settings), decay)
         self._take(tokens, self._checked("targets", targets))
         self._state = "backward"
         whole = partial(self._whole_step, max_norm, decay)
-        self._machine.run((max_norm, decay), whole, self.params)
+        if self.ops is self._machine.ops:
+            self._machine.run((max_norm, decay), whole, self.params)
+        else:  # others watch the layers, as in _again
+            whole()
         self._has_gradients = True
         return self._loss(), self._norm()
 

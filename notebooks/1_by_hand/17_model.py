@@ -317,8 +317,10 @@ class _Updates(_Passes):
 #
 # The decorator `shapes` checks AdamW's numbers ([appendix
 # A.9](../appendix/09_checks.ipynb)). In `step`, `_machine.run` calls the whole step;
-# with NumPy that is all it does. Reading a model from a file, and writing one, is left
-# to [Part 4](../4_practice/02_checkpoints.ipynb): two methods only pass it on.
+# with NumPy that is all it does. A GPU may replay the one before, which layers of your
+# own in `ops` would not see: they are called without it. Reading a model from a file,
+# and writing one, is left to [Part 4](../4_practice/02_checkpoints.ipynb): two methods
+# only pass it on.
 
 
 # %% a shape tags=["exporti"]
@@ -532,13 +534,17 @@ class GPT2(_Updates):
         The same as forward, backward, clip_gradients(max_norm) and
         update(**settings, decay=decay), one after the other, and raises
         what they raise.
-        With the cuda backend it is one launch: see llmnb.gpu.graph.
+        With the cuda backend it is one launch, unless `ops` was exchanged:
+        see llmnb.gpu.graph.
         """
         decay = self._tune(AdamW(**settings), decay)
         self._take(tokens, self._checked("targets", targets))
         self._state = "backward"
         whole = partial(self._whole_step, max_norm, decay)
-        self._machine.run((max_norm, decay), whole, self.params)
+        if self.ops is self._machine.ops:
+            self._machine.run((max_norm, decay), whole, self.params)
+        else:  # others watch the layers, as in _again
+            whole()
         self._has_gradients = True
         return self._loss(), self._norm()
 

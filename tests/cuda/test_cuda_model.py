@@ -16,7 +16,7 @@ from gpu import SIMULATED, check_machine_code
 from problems import batch, wide
 from runs import PLAIN, cut, log_of, small_data, straight
 
-from llmnb import GPT2, GPT2Config
+from llmnb import GPT2, GPT2Config, cuda
 from llmnb.arena import Arena, put
 from llmnb.cuda import model_layout, products
 from llmnb.cuda.model import fill, no_gpu
@@ -41,6 +41,25 @@ no_gpu_here = pytest.mark.skipif(not SIMULATED, reason="there is a GPU")
 
 def host(model, group):
     return np.asarray(model.memory.flat(group)).copy()
+
+
+def test_a_step_calls_the_layers_of_whoever_watches():
+    """Also one half of the classifier alone, which a whole step fuses."""
+    tokens, targets = batch(SMALL, 2, 5)
+    plain, watched = (GPT2(SMALL, 2, 5, "cuda") for _ in range(2))
+    calls, name = [], "crossentropy_softmax_forward"
+
+    def forward(*arrays):
+        calls.append(name)
+        getattr(cuda, name)(*arrays)
+
+    watched.ops = SimpleNamespace(**vars(watched.ops) | {name: forward})
+    for k in (1, 2, 3):
+        settings = ADAMW | {"step": k}
+        want = plain.step(tokens, targets, **settings)
+        assert watched.step(tokens, targets, **settings) == want
+        assert len(calls) == k
+    assert (host(watched, "params") == host(plain, "params")).all()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
