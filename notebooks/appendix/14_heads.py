@@ -146,7 +146,7 @@ def headnorm_forward(out, rstd, inp, qweight, kweight, eps=1e-6, offset=0.0):
     hs = qweight.size
     NKV = key_heads("headnorm_forward", inp, rstd, hs)
     y, x = (a.reshape(-1, a.shape[2] // hs, hs) for a in (out, inp))
-    arrays = y, rstd.reshape(len(x), -1), x, qweight, kweight
+    arrays = y, rstd.reshape(-1, rstd.shape[2]), x, qweight, kweight
     _headnorm_forward(*arrays, NKV, float(eps), float(offset))
 
 
@@ -166,8 +166,8 @@ def headnorm_backward(
     key_heads("headnorm_backward", inp, rstd, hs)
     dx, x = (a.reshape(-1, a.shape[2] // hs, hs) for a in (dinp, inp))
     sums = np.empty((min(64, -(-len(x) // 16)), 2, hs), inp.dtype)
-    arrays = dx, sums, x, qweight, kweight, rstd.reshape(len(x), -1)
-    _headnorm_backward(*arrays, float(offset))
+    stats = rstd.reshape(-1, rstd.shape[2])
+    _headnorm_backward(dx, sums, x, qweight, kweight, stats, float(offset))
     noted(add_rows, dqweight, sums[:, 0])
     noted(add_rows, dkweight, sums[:, 1])
 

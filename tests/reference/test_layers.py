@@ -82,6 +82,21 @@ def test_what_is_noted_is_all_that_a_layer_does(layer, add):
 
 
 @EACH
+def test_a_batch_of_no_rows_adds_nothing(layer):
+    sizes = {k: n if isinstance(n, int) else 3 for k, n in layer.most.items()}
+    p = problem(layer, np.float32, sizes)
+    for way in layer.ways:
+        rows = getattr(cpu, way).arguments.arrays
+        batched = {a.name for a in rows if "B" in a.names or a.open}
+        given_to = arguments(way, copied(p))
+        for name in batched & set(given_to):
+            given_to[name] = given_to[name][:0]
+        getattr(cpu, way)(**given_to)
+        for name in {a.name for a in rows} & set(given_to) - batched:
+            np.testing.assert_array_equal(given_to[name], p[name], name)
+
+
+@EACH
 @pytest.mark.parametrize("dtype", (np.float32, np.float64))
 @drawn
 @given(data=st.data(), own=st.booleans())
