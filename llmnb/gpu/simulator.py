@@ -32,7 +32,7 @@ def _three(size):
 
 def _check_sizes(grid, block):
     """Raise for a launch that a GPU would refuse."""
-    if not 0 < block.x * block.y * block.z <= 1024 or block.z > 64:
+    if min(block) < 1 or block.x * block.y * block.z > 1024 or block.z > 64:
         raise ValueError(f"a block has 1 to 1024 threads, got {tuple(block)}")
     if min(grid) < 1 or max(grid.y, grid.z) > 65535:
         raise ValueError(

@@ -182,7 +182,7 @@ def test_lanes_that_call_different_functions_do_not_meet():
     simulate(torn, 1, 32, (vote, vote))
 
 
-NO_BLOCKS = 1025, (32, 33), (1, 1, 65), 0
+NO_BLOCKS = (-1, -32), 1025, (32, 33), (1, 1, 65), 0
 NO_GRIDS = 0, (1, 65536), (1, 1, 65536)
 
 
