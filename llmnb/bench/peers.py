@@ -59,8 +59,7 @@ def serve(step, facts, commands, reply):
         while not spent or sum(spent) < float(*turn):
             start = time.perf_counter()
             found = step()
-            now = time.perf_counter()
-            spent.append(found.get("seconds", now - start))
+            spent.append(found.get("seconds", time.perf_counter() - start))
         reply(found | {"seconds": fmean(spent)})
     waited = {"cpu_seconds_a_wait": median(waits)}
     reply({"peak_bytes": peak_memory(), **waited, **facts()})
@@ -158,9 +157,7 @@ def _on_gpu(model, batch, numbers, graph):
         size = model.memory.nbytes
         found = {"arena_bytes": size, "device_bytes": size}
         found |= _our_facts("cuda") | limits(Clock())
-        if graph:
-            return found
-        return found | _apart(model, batch, numbers, wait)
+        return found if graph else found | _apart(model, batch, numbers, wait)
 
     return step, facts
 
@@ -183,8 +180,7 @@ def _our_facts(backend):
     """Threads, versions, and for the cpu backend the peak of FMAs."""
     import numba
 
-    names = ["llmnb", "numpy", "numba"]
-    names += ["numba-cuda"] * (backend == "cuda")
+    names = ["llmnb", "numpy", "numba"] + ["numba-cuda"] * (backend == "cuda")
     facts = {"threads": numba.get_num_threads()}
     facts["versions"] = {name: version_of(name) for name in names}
     if backend == "cpu":
@@ -287,9 +283,8 @@ def _torch_llama(shape):
             super().__init__()
             rows = -(-shape["vocab_size"] // 128) * 128
             self.wte = nn.Embedding(rows, C)
-            self.blocks = nn.ModuleList(
-                Block() for _ in range(shape["num_layers"])
-            )
+            blocks = [Block() for _ in range(shape["num_layers"])]
+            self.blocks = nn.ModuleList(blocks)
             self.lnf = nn.RMSNorm(C, shape["norm_eps"])
             self.head = nn.Linear(C, rows, bias=False)
             if shape["tied"]:
@@ -321,9 +316,8 @@ def _torch_model(shape):
 
     family, beyond = shape.get("family", "gpt2"), [*map(shape.get, _BEYOND)]
     if family not in ("gpt2", "llama", "mistral") or any(beyond):
-        raise NotImplementedError(
-            f"is written for a plain GPT-2 or Llama, not for this {family}"
-        )
+        why = f"is written for a plain GPT-2 or Llama, not for this {family}"
+        raise NotImplementedError(why)
     plain = family == "gpt2"
     model = _torch_gpt2(**shape) if plain else _torch_llama(shape)
     with torch.no_grad():
@@ -347,9 +341,8 @@ def torch_contestant(spec):
     model = _torch_model(spec["model"]).to(device)
     run = torch.compile(model) if spec["compile"] else model
     rules = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=1e-4, fused=True, **rules
-    )
+    rules |= {"lr": 1e-4, "fused": True}
+    optimizer = torch.optim.AdamW(model.parameters(), **rules)
     batch = torch.from_numpy(random_batch(spec)).to(device)
     half = {"dtype": torch.bfloat16, "enabled": spec["bf16"]}
 
@@ -564,9 +557,8 @@ def transformers_contestant(spec):
         prompt = torch.tensor([next(prompts)])
         mask = torch.ones_like(prompt)
         times[:] = []  # the clock is given the prompt first
-        out = model.generate(
-            prompt, attention_mask=mask, streamer=Clock(), **how
-        )
+        more = {"attention_mask": mask, "streamer": Clock()}
+        out = model.generate(prompt, **more, **how)
         return _pace(times, out[0, prompt.shape[1] :].tolist())
 
     version = transformers.__version__

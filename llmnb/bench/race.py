@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from contextlib import ExitStack, closing, suppress
 from datetime import date
@@ -44,7 +45,8 @@ class Settings(NamedTuple):
     measured. threads: of each contestant, or None for all cores. backend:
     of `GPT2`. torch_python: the interpreter that has torch. turn: seconds of
     training in a turn, at least. in_backward: whether a model that learns in
-    its backward pass takes part too.
+    its backward pass takes part too. patience: seconds after which one that
+    has not answered is ended.
 
     Derived in chapter A.8.
     """
@@ -57,6 +59,7 @@ class Settings(NamedTuple):
     torch_python: str = sys.executable
     turn: float = 1.0
     in_backward: bool = False
+    patience: float = 86400.0
 
 
 # the contestant's environment
@@ -77,16 +80,17 @@ class Contestant:
     """A process that runs `peers` and trains one step on command.
 
     name: for messages. spec: see `peers`. settings: a `Settings`, of which
-    threads and torch_python count. cache: a folder for compiled code, or
-    None for the usual ones. Raises NotImplementedError, saying why, when
-    there is nothing to measure, and ChildProcessError, in one sentence, when
-    the process cannot do what it was asked.
+    threads, torch_python and patience count. cache: a folder for compiled
+    code, or None for the usual ones. Raises NotImplementedError, saying why,
+    when there is nothing to measure, and ChildProcessError, in one sentence,
+    when the process cannot do what it was asked, or not in time.
     """
 
     def __init__(self, name, spec, settings, cache=None):
         if "cuda" in spec.values() and clock.no_times():
             raise NotImplementedError(clock.no_times())
         self.name, python = name, settings.torch_python
+        self._patience, self._late = settings.patience, False
         env = _environment(settings.threads, cache)
         if spec["kind"].startswith("llm"):  # which needs llmnb and no torch
             python = sys.executable
@@ -112,7 +116,12 @@ class Contestant:
             raise
 
     def _answer(self):
-        line = self._process.stdout.readline()
+        watch = threading.Timer(self._patience, self._kill)
+        watch.start()
+        try:
+            line = self._process.stdout.readline()
+        finally:
+            watch.cancel()
         answer = json.loads(line) if line else {"error": self._last_words()}
         if "unmeasured" in answer:
             raise NotImplementedError(answer["unmeasured"])
@@ -122,6 +131,8 @@ class Contestant:
 
     def _last_words(self):
         code = self._process.wait()
+        if self._late:
+            return f"gave no answer in {self._patience:.0f} s"
         if code < 0:
             name = signal.Signals(-code).name
             return f"was ended by {name}: is there enough memory?"
@@ -144,13 +155,17 @@ class Contestant:
         """Stop; a dict of what the process knows about itself."""
         return self._ask("finish")
 
-    def close(self):
-        """End the process, whatever it is doing, and what it started."""
+    def _kill(self, late=True):
+        self._late = late
         with suppress(ProcessLookupError):
             if os.name == "posix":
                 os.killpg(self._process.pid, signal.SIGKILL)
             else:
                 self._process.kill()
+
+    def close(self):
+        """End the process, whatever it is doing, and what it started."""
+        self._kill(late=False)
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
             with suppress(OSError):  # it has not read what it was asked
@@ -222,9 +237,10 @@ def facts_of(settings):
     folder, commit = Path(__file__).parents[2], None
     if (folder / ".git").exists():
         command = ["git", "describe", "--always", "--dirty"]
-        with suppress(OSError):
-            commit = subprocess.check_output(command, cwd=folder, text=True)
-            commit = commit.strip()
+        how = {"cwd": folder, "text": True, "timeout": 20}
+        # no git, or one that refuses, as in a folder of another user
+        with suppress(OSError, subprocess.SubprocessError):
+            commit = subprocess.check_output(command, **how).strip()
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     facts = {"date": date.today().isoformat(), "commit": commit}
     facts |= {"machine": machine(), "threads": settings.threads or cores()}
@@ -325,8 +341,7 @@ def ratios(rows, key="seconds"):
     table = []
     for a in ours:
         for b in [x for x in seconds if x not in ours]:
-            pairs = zip(seconds[a], seconds[b], strict=True)
-            each = [x / y for x, y in pairs]
+            each = [x / y for x, y in zip(seconds[a], seconds[b], strict=True)]
             found = {"ours": a, "peer": b, "ratio": median(each)}
             table.append(found | {"low": min(each), "high": max(each)})
     return table

@@ -151,8 +151,7 @@ def serve(step, facts, commands, reply):
         while not spent or sum(spent) < float(*turn):
             start = time.perf_counter()
             found = step()
-            now = time.perf_counter()
-            spent.append(found.get("seconds", now - start))
+            spent.append(found.get("seconds", time.perf_counter() - start))
         reply(found | {"seconds": fmean(spent)})
     waited = {"cpu_seconds_a_wait": median(waits)}
     reply({"peak_bytes": peak_memory(), **waited, **facts()})
@@ -270,9 +269,7 @@ def _on_gpu(model, batch, numbers, graph):
         size = model.memory.nbytes
         found = {"arena_bytes": size, "device_bytes": size}
         found |= _our_facts("cuda") | limits(Clock())
-        if graph:
-            return found
-        return found | _apart(model, batch, numbers, wait)
+        return found if graph else found | _apart(model, batch, numbers, wait)
 
     return step, facts
 
@@ -295,8 +292,7 @@ def _our_facts(backend):
     """Threads, versions, and for the cpu backend the peak of FMAs."""
     import numba
 
-    names = ["llmnb", "numpy", "numba"]
-    names += ["numba-cuda"] * (backend == "cuda")
+    names = ["llmnb", "numpy", "numba"] + ["numba-cuda"] * (backend == "cuda")
     facts = {"threads": numba.get_num_threads()}
     facts["versions"] = {name: version_of(name) for name in names}
     if backend == "cpu":
@@ -407,9 +403,8 @@ def _torch_llama(shape):
             super().__init__()
             rows = -(-shape["vocab_size"] // 128) * 128
             self.wte = nn.Embedding(rows, C)
-            self.blocks = nn.ModuleList(
-                Block() for _ in range(shape["num_layers"])
-            )
+            blocks = [Block() for _ in range(shape["num_layers"])]
+            self.blocks = nn.ModuleList(blocks)
             self.lnf = nn.RMSNorm(C, shape["norm_eps"])
             self.head = nn.Linear(C, rows, bias=False)
             if shape["tied"]:
@@ -441,9 +436,8 @@ def _torch_model(shape):
 
     family, beyond = shape.get("family", "gpt2"), [*map(shape.get, _BEYOND)]
     if family not in ("gpt2", "llama", "mistral") or any(beyond):
-        raise NotImplementedError(
-            f"is written for a plain GPT-2 or Llama, not for this {family}"
-        )
+        why = f"is written for a plain GPT-2 or Llama, not for this {family}"
+        raise NotImplementedError(why)
     plain = family == "gpt2"
     model = _torch_gpt2(**shape) if plain else _torch_llama(shape)
     with torch.no_grad():
@@ -467,9 +461,8 @@ def torch_contestant(spec):
     model = _torch_model(spec["model"]).to(device)
     run = torch.compile(model) if spec["compile"] else model
     rules = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.01}
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=1e-4, fused=True, **rules
-    )
+    rules |= {"lr": 1e-4, "fused": True}
+    optimizer = torch.optim.AdamW(model.parameters(), **rules)
     batch = torch.from_numpy(random_batch(spec)).to(device)
     half = {"dtype": torch.bfloat16, "enabled": spec["bf16"]}
 
@@ -701,9 +694,8 @@ def transformers_contestant(spec):
         prompt = torch.tensor([next(prompts)])
         mask = torch.ones_like(prompt)
         times[:] = []  # the clock is given the prompt first
-        out = model.generate(
-            prompt, attention_mask=mask, streamer=Clock(), **how
-        )
+        more = {"attention_mask": mask, "streamer": Clock()}
+        out = model.generate(prompt, **more, **how)
         return _pace(times, out[0, prompt.shape[1] :].tolist())
 
     version = transformers.__version__
@@ -768,6 +760,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from contextlib import ExitStack, closing, suppress
 from datetime import date
@@ -796,7 +789,8 @@ class Settings(NamedTuple):
     measured. threads: of each contestant, or None for all cores. backend:
     of `GPT2`. torch_python: the interpreter that has torch. turn: seconds of
     training in a turn, at least. in_backward: whether a model that learns in
-    its backward pass takes part too.
+    its backward pass takes part too. patience: seconds after which one that
+    has not answered is ended.
     """
 
     precisions: tuple = ("fp32",)
@@ -807,6 +801,7 @@ class Settings(NamedTuple):
     torch_python: str = sys.executable
     turn: float = 1.0
     in_backward: bool = False
+    patience: float = 86400.0
 
 
 # %% the contestant's environment tags=["exporti"] module="bench.race"
@@ -827,16 +822,17 @@ class Contestant:
     """A process that runs `peers` and trains one step on command.
 
     name: for messages. spec: see `peers`. settings: a `Settings`, of which
-    threads and torch_python count. cache: a folder for compiled code, or
-    None for the usual ones. Raises NotImplementedError, saying why, when
-    there is nothing to measure, and ChildProcessError, in one sentence, when
-    the process cannot do what it was asked.
+    threads, torch_python and patience count. cache: a folder for compiled
+    code, or None for the usual ones. Raises NotImplementedError, saying why,
+    when there is nothing to measure, and ChildProcessError, in one sentence,
+    when the process cannot do what it was asked, or not in time.
     """
 
     def __init__(self, name, spec, settings, cache=None):
         if "cuda" in spec.values() and clock.no_times():
             raise NotImplementedError(clock.no_times())
         self.name, python = name, settings.torch_python
+        self._patience, self._late = settings.patience, False
         env = _environment(settings.threads, cache)
         if spec["kind"].startswith("llm"):  # which needs llmnb and no torch
             python = sys.executable
@@ -862,7 +858,12 @@ class Contestant:
             raise
 
     def _answer(self):
-        line = self._process.stdout.readline()
+        watch = threading.Timer(self._patience, self._kill)
+        watch.start()
+        try:
+            line = self._process.stdout.readline()
+        finally:
+            watch.cancel()
         answer = json.loads(line) if line else {"error": self._last_words()}
         if "unmeasured" in answer:
             raise NotImplementedError(answer["unmeasured"])
@@ -872,6 +873,8 @@ class Contestant:
 
     def _last_words(self):
         code = self._process.wait()
+        if self._late:
+            return f"gave no answer in {self._patience:.0f} s"
         if code < 0:
             name = signal.Signals(-code).name
             return f"was ended by {name}: is there enough memory?"
@@ -894,13 +897,17 @@ class Contestant:
         """Stop; a dict of what the process knows about itself."""
         return self._ask("finish")
 
-    def close(self):
-        """End the process, whatever it is doing, and what it started."""
+    def _kill(self, late=True):
+        self._late = late
         with suppress(ProcessLookupError):
             if os.name == "posix":
                 os.killpg(self._process.pid, signal.SIGKILL)
             else:
                 self._process.kill()
+
+    def close(self):
+        """End the process, whatever it is doing, and what it started."""
+        self._kill(late=False)
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
             with suppress(OSError):  # it has not read what it was asked
@@ -975,9 +982,10 @@ def facts_of(settings):
     folder, commit = Path(__file__).parents[2], None
     if (folder / ".git").exists():
         command = ["git", "describe", "--always", "--dirty"]
-        with suppress(OSError):
-            commit = subprocess.check_output(command, cwd=folder, text=True)
-            commit = commit.strip()
+        how = {"cwd": folder, "text": True, "timeout": 20}
+        # no git, or one that refuses, as in a folder of another user
+        with suppress(OSError, subprocess.SubprocessError):
+            commit = subprocess.check_output(command, **how).strip()
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     facts = {"date": date.today().isoformat(), "commit": commit}
     facts |= {"machine": machine(), "threads": settings.threads or cores()}
@@ -988,9 +996,8 @@ def facts_of(settings):
 
 
 # %% [markdown]
-# Everything in this book that is compared is compared by `take_turns`: the
-# steps of programs, the texts that they write, their cold and warm starts,
-# and the kernels of a GPU.
+# All that this book compares is compared by `take_turns`: steps of programs,
+# the texts that they write, cold and warm starts, and the kernels of a GPU.
 
 
 # %% in turns tags=["export"] module="bench.race"
@@ -1075,8 +1082,7 @@ def ratios(rows, key="seconds"):
     table = []
     for a in ours:
         for b in [x for x in seconds if x not in ours]:
-            pairs = zip(seconds[a], seconds[b], strict=True)
-            each = [x / y for x, y in pairs]
+            each = [x / y for x, y in zip(seconds[a], seconds[b], strict=True)]
             found = {"ours": a, "peer": b, "ratio": median(each)}
             table.append(found | {"low": min(each), "high": max(each)})
     return table
@@ -1151,10 +1157,9 @@ def _start(name, spec, settings):
 #
 # ## Design note
 #
-# The race could have used threads in one process, which is simpler. Then
-# PyTorch and NumPy would share one heap and compete for one pool of cores,
-# and the peak memory of each could not be told apart. A process apiece keeps
-# the answers apart, at the price of a small protocol on standard input.
+# The race could have used threads in one process, which is simpler. Then PyTorch
+# and NumPy would share one heap and one pool of cores, and nobody could tell
+# their peak memories apart. A process apiece costs no more than a small protocol.
 
 # %% [markdown]
 # ## Exercises

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections import Counter
 from contextlib import closing
 from dataclasses import replace
@@ -238,6 +239,28 @@ def test_the_last_words_of_a_program_that_is_no_python(
     spec = {**SHAPE, "kind": "torch"}
     with pytest.raises(ChildProcessError, match=message):
         race.Contestant("me", spec, Settings(torch_python=str(program)))
+
+
+def test_who_gives_no_answer_is_ended(tmp_path):
+    """It costs its own time, and not that of all who come after it."""
+    program = tmp_path / "python"
+    program.write_text("#!/bin/sh\nexec sleep 60\n")
+    program.chmod(0o755)
+    spec, how = {**SHAPE, "kind": "torch"}, {"torch_python": str(program)}
+    start = time.monotonic()
+    with pytest.raises(ChildProcessError, match="me: gave no answer in 1 s"):
+        race.Contestant("me", spec, Settings(patience=1.0, **how))
+    assert time.monotonic() - start < 30
+
+
+def test_a_git_that_refuses_costs_nothing_but_the_commit(
+    tmp_path, monkeypatch
+):
+    """As in a checkout that was copied, and now is another user's."""
+    (tmp_path / ".git").mkdir()
+    monkeypatch.setattr(race, "__file__", str(tmp_path / "a" / "b" / "c.py"))
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert race.facts_of(Settings())["commit"] is None
 
 
 def has_torch(python):
