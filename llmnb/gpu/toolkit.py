@@ -10,6 +10,7 @@ import ctypes
 import functools
 import importlib.util
 import os
+from contextlib import suppress
 
 import numpy as np
 
@@ -24,6 +25,8 @@ def numba_cuda():
     """
     if not hasattr(np, "row_stack"):
         np.row_stack = np.vstack
+    with suppress(ImportError):  # where numba-cuda is on the path only
+        importlib.import_module("_numba_cuda_redirector")
     from numba import cuda
 
     return cuda

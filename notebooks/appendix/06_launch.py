@@ -56,13 +56,16 @@ from llmnb.book.verify import compare
 #
 # All of `llmnb` asks one function for numba-cuda. Its newest version looks for a
 # function of NumPy that NumPy 2.5 no longer has, an old name of `vstack`, and
-# without it compiles nothing. So the name is put back first.
+# without it compiles nothing. So the name is put back first. And numba has an old
+# numba.cuda of its own, which numba-cuda takes the place of when Python starts,
+# but not where it lies in a folder on the path: there we ask it to.
 
 # %% imports of the toolkit tags=["export"] module="gpu.toolkit"
 import ctypes
 import functools
 import importlib.util
 import os
+from contextlib import suppress
 
 import numpy as np
 
@@ -75,6 +78,8 @@ def numba_cuda():
     """
     if not hasattr(np, "row_stack"):
         np.row_stack = np.vstack
+    with suppress(ImportError):  # where numba-cuda is on the path only
+        importlib.import_module("_numba_cuda_redirector")
     from numba import cuda
 
     return cuda

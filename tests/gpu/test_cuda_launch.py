@@ -1,10 +1,13 @@
 """Where kernels run: simulator or GPU, device arrays, names swapped."""
 
+import importlib.util
 import inspect
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
-from processes import output
+from processes import ROOT, output, python
 
 from llmnb.bench.rungs_matmul import MATMUL_FORWARD
 from llmnb.gpu import launch
@@ -32,6 +35,21 @@ SAY = "from llmnb.gpu.launch import missing; print(missing())"
 def test_the_environment_asks_for_the_simulator():
     said = output(SAY, LLMNB_CUDA="simulator")
     assert said == "LLMNB_CUDA asks for the simulator"
+
+
+def test_numba_cuda_in_a_folder_on_the_path():
+    """As `pip --target` puts it, where Python does not start with it."""
+    found = importlib.util.find_spec("numba_cuda")
+    if found is None:
+        pytest.skip("numba-cuda is not installed")
+    code = (
+        "from llmnb.gpu.toolkit import numba_cuda; "
+        "print(numba_cuda().__file__)"
+    )
+    folder = Path(found.submodule_search_locations[0])
+    path = os.pathsep.join([str(ROOT), str(folder.parent)])
+    done = python(code, options=["-S"], PYTHONPATH=path)
+    assert folder in Path(done.stdout.strip()).parents, done.stderr
 
 
 def test_without_numba_cuda():
