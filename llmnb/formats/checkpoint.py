@@ -240,10 +240,15 @@ def write_model(path, cfg, params, precision="fp32"):
     Hugging Face's layout for a name that ends in .safetensors, float32 only;
     else llm.c's .bin, with precision "fp32" version 3, with "bf16" version
     5, half as long, which holds GPT-2 only. params: a mapping from llm.c's
-    names to arrays. Raises ValueError for a precision that the format lacks.
+    names to arrays. Raises ValueError for a precision that the format lacks, and
+    for the name of a file that open_model would take for another format.
 
     Derived in chapter 4.4.
     """
+    if str(path).endswith((".json", ".gguf")):
+        raise ValueError(
+            f"{path}: a model's name must end in .safetensors or .bin"
+        )
     if str(path).endswith(".safetensors"):
         choose("GPT2: precision", precision, ["fp32"])
         write_safetensors(path, cfg, params)

@@ -176,7 +176,8 @@ def read_debug_state(path, cfg):
 def write_debug_state(path, cfg, state):
     """Write a DebugState in llm.c's format, version 2.
 
-    Raises ValueError when an array has not the shape that cfg requires. The
+    Raises ValueError when an array has not the shape that cfg requires, and
+    for tokens that the model lacks; TypeError when they are no integers. The
     file appears whole or not at all.
     """
     arrays = state._asdict() | {"loss": np.array([state.loss])}
@@ -189,6 +190,9 @@ def write_debug_state(path, cfg, state):
                 f"write_debug_state: {name} must have shape {shape}, "
                 f"got {arrays[name].shape}"
             )
+    for name in _KINDS:
+        label = f"write_debug_state: {name}"
+        check_tokens(label, arrays[name], cfg.vocab_size)
     with replacing(path) as file:
         file.write(header_of(_MAGIC, _VERSION, B, T).data)
         for name in parts:

@@ -149,6 +149,13 @@ def test_another_models_arrays_are_not_written(model, saved, name):
     assert saved.with_name(name).read_bytes() == before
 
 
+@pytest.mark.parametrize("name", ["model.gguf", "model.json"])
+def test_a_name_of_another_format_is_not_written(model, tmp_path, name):
+    with pytest.raises(ValueError, match=f"{name}: .* in .safetensors or"):
+        model.save_checkpoint(tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
 def test_every_second_number_of_an_array_is_written(model, saved):
     wide = np.repeat(model.params["lnfw"], 2)
     before = saved.read_bytes()

@@ -220,6 +220,12 @@ def test_a_state_comes_back(pack):
     says = r"logits must have shape \(1, 19, 67"
     with pytest.raises(ValueError, match=says):
         starter.write_debug_state(again, CFG, bad)
+    bad = state._replace(targets=state.targets + np.int64(1 << 32))
+    with pytest.raises(ValueError, match="state: targets must lie in"):
+        starter.write_debug_state(again, CFG, bad)
+    bad = state._replace(tokens=state.tokens + 0.5)
+    with pytest.raises(TypeError, match="state: tokens must hold integers"):
+        starter.write_debug_state(again, CFG, bad)
     assert not again.exists()
 
 
