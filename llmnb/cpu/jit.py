@@ -198,7 +198,8 @@ _one_caller = _door()
 # one routine for each list of types
 def _kind(x):
     if isinstance(x, np.ndarray):
-        return x.dtype, x.ndim, x.flags.c_contiguous
+        gaps = not x.flags.c_contiguous and numba.typeof(x).layout
+        return x.dtype, x.ndim, gaps
     return type(x)
 
 

@@ -564,7 +564,8 @@ _one_caller = _door()
 #
 # The decorator compiles a routine for each list of types that it meets, and
 # finds it again by the arrays' dtypes and dimensions. An array with gaps
-# is another type for numba, so that counts too. So would be one that may not
+# is another type for numba, and one that lies column by column a third, so
+# that counts too. So would be one that may not
 # be written, such as weights that the system has mapped from a file; the
 # layers have seen to it that what they write may be, and we make no
 # difference.
@@ -573,7 +574,8 @@ _one_caller = _door()
 # %% one routine for each list of types tags=["exporti"] module="cpu.jit"
 def _kind(x):
     if isinstance(x, np.ndarray):
-        return x.dtype, x.ndim, x.flags.c_contiguous
+        gaps = not x.flags.c_contiguous and numba.typeof(x).layout
+        return x.dtype, x.ndim, gaps
     return type(x)
 
 

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import llvmlite
 import numba
+import numpy as np
 import pytest
 from processes import output
 
@@ -280,6 +281,23 @@ assert os.waitpid(child, 0)[1] == 0
 def test_a_forked_child_computes_the_same_bits(layer, before):
     quiet = ["-W", "ignore"]
     output(FORK, before, options=quiet, NUMBA_THREADING_LAYER=layer)
+
+
+@jit.team
+def copied(part, parts, address):
+    out, inp = jit.arguments(address)
+    mine = jit.share(inp.shape[0], part, parts)
+    for i in range(mine.start, mine.stop):
+        for j in range(inp.shape[1]):
+            out[i, j] = inp[i, j]
+
+
+def test_a_team_is_compiled_for_each_order_of_an_array():
+    """By columns, it would read what lies with gaps from other places."""
+    whole, found = np.arange(64.0).reshape(8, 8), np.zeros((4, 4))
+    for x in (whole[:4, :4].T.copy("F"), whole[::2, ::2], whole[4:, 4:].T):
+        copied(found, x)
+        assert np.array_equal(found, x)
 
 
 THREADS = (
