@@ -703,8 +703,7 @@ def rmsnorm_forward(out, rstd, inp, weight, eps=1e-5, offset=0.0):
     rows, C = rstd.size, len(weight)
     arrays = out.reshape(rows, C), rstd.reshape(rows), inp.reshape(rows, C)
     numbers = np.float32(eps), np.float32(offset)
-    if rows:
-        _forward[blocks(rows, 8), 256](*arrays, weight, *numbers)
+    _forward[blocks(rows, 8), 256](*arrays, weight, *numbers)
 
 
 # %% [markdown]
@@ -762,9 +761,8 @@ def rmsnorm_backward(
     dx, dy, x = (a.reshape(rows, C) for a in (dinp, dout, inp))
     table = work[:floats].reshape(parts, C)
     arrays = dx, table, dy, x, weight, rstd.reshape(rows)
-    if rows:
-        _backward[parts, 256](*arrays, np.float32(offset), int(add))
-        add_parts(dweight, dweight, work, parts, C)  # there is no dbias
+    _backward[parts, 256](*arrays, np.float32(offset), int(add))
+    add_parts(dweight, dweight, work, parts, C)  # there is no dbias
 
 
 # %% the same results on the simulator
