@@ -54,6 +54,11 @@ _NAMES = {
     "attention_softcap": "attn_logit_softcapping",
     "final_softcap": "final_logit_softcapping",
 }
+# without these a reader has to guess, and no two guess alike
+_NEEDED = (
+    "max_seq_len", "vocab_size", "num_layers", "num_heads", "channels",
+    "hidden", "norm_eps",
+)  # fmt: skip
 
 
 # a description, read
@@ -118,7 +123,10 @@ def described_config(path):
         for ours, theirs in _NAMES.items()
         if theirs in said.found
     }
-    given |= _rope(said, made) | _windows(said, made) | _scale(said)
+    for ours in _NEEDED:
+        if given.get(ours) is None:
+            raise ValueError(f"{path}: lacks {_NAMES[ours]}")
+    given |= _rope(said, made) | _windows(said, made) | _scale(said, made)
     try:
         return made(**given)
     except (TypeError, ValueError) as error:
@@ -131,10 +139,18 @@ def _rope(said, made):
     new, found = said.part("rope_parameters"), {}
     layers = new if "full_attention" in new else {"full_attention": new}
     whole = said.part("full_attention", layers)
-    theta = whole.get("rope_theta", said.found.get("rope_theta"))
+    older = said.found.get("rope_theta")
+    theta = whole.get("rope_theta", older)
+    if older not in (None, theta):
+        said.refuse("rope_theta", f"as in rope_parameters, {theta!r:.80}")
     if theta is not None:
         found["rope_theta"] = theta
-    scaling = _scaling(said, whole or said.part("rope_scaling"))
+    elif made.family == "qwen3":  # whose published files all have one
+        said.refuse("rope_theta", "there")
+    older = _scaling(said, said.part("rope_scaling"))
+    scaling = _scaling(said, whole) or older
+    if older not in (None, scaling):
+        said.refuse("rope_scaling", "as in rope_parameters")
     if scaling:
         found["rope_scaling"] = scaling
     local = said.part("sliding_attention", layers)
@@ -155,6 +171,8 @@ _SCALINGS = {
 
 
 def _scaling(said, part):
+    if part.get("partial_rotary_factor") not in (1.0, None):
+        raise ValueError(f"{said.path}: partial_rotary_factor must be 1.0")
     kind = part.get("rope_type", part.get("type", "default"))
     if kind == "default":
         return None
@@ -172,7 +190,8 @@ def _scaling(said, part):
 # windows of both styles
 def _windows(said, made):
     """window and global_every, from layer_types or from a pattern."""
-    window = said.found.get("sliding_window")
+    usual = None if made.family == "qwen3" else 4096
+    window = said.found.get("sliding_window", usual)
     if said.found.get("use_sliding_window") is False or not window:
         return {"window": None, "global_every": 0}
     if made.family in ("llama", "gemma"):
@@ -196,8 +215,10 @@ def _windows(said, made):
     return {"window": window, "global_every": every}
 
 
-def _scale(said):
-    scalar = said.found.get("query_pre_attn_scalar")
+def _scale(said, made):
+    if made.family not in ("gemma2", "gemma3_text"):
+        return {}  # which read no such setting
+    scalar = said.found.get("query_pre_attn_scalar", 256)
     if scalar is None or scalar == said.found.get("head_dim"):
         return {}
     number = isinstance(scalar, (int, float))
@@ -211,6 +232,11 @@ _CLASSES = {
     "llama": "Llama", "mistral": "Mistral", "qwen3": "Qwen3",
     "gemma": "Gemma", "gemma2": "Gemma2", "gemma3_text": "Gemma3",
 }  # fmt: skip
+# what is not the same absent as null
+_NULLS = {
+    "gemma2": ("attn_logit_softcapping", "final_logit_softcapping"),
+    "mistral": ("sliding_window",),
+}
 
 
 def family_description(cfg):
@@ -229,8 +255,8 @@ def family_description(cfg):
     if cfg.rope_scaling:
         names = "rope_type", *_SCALINGS[cfg.rope_scaling[0]]
         found["rope_scaling"] = dict(zip(names, cfg.rope_scaling, strict=True))
-    if cfg.local_theta:
-        found["rope_local_base_freq"] = cfg.local_theta
+    if cfg.local_theta or cfg.family == "gemma3_text":
+        found["rope_local_base_freq"] = cfg.local_theta or cfg.rope_theta
     scale = cfg.attention_scale or cfg.head_size**-0.5
     if cfg.family in ("gemma2", "gemma3_text"):
         found["query_pre_attn_scalar"] = round(scale**-2, 9)
@@ -241,7 +267,8 @@ def family_description(cfg):
         kinds = "full_attention", "sliding_attention"
         found["layer_types"] = [kinds[x] for x in local]
         found["sliding_window"] = cfg.window
-    return {name: x for name, x in found.items() if x is not None}
+    nulls = _NULLS.get(cfg.family, ())
+    return {k: x for k, x in found.items() if x is not None or k in nulls}
 
 
 # check all tensors
@@ -265,7 +292,9 @@ def _read_family(path, cfg, tensors, params):
     read_pieces(cfg, tensors, params)
     if cfg.tied and "lm_head.weight" in tensors:
         file, full = tensors["lm_head.weight"]
-        if not np.array_equal(file[full], params["wte"][: cfg.vocab_size]):
+        wte = params["wte"][: cfg.vocab_size]
+        # which may have been rounded when it was read
+        if not np.array_equal(file[full].astype(wte.dtype), wte, True):
             raise ValueError(f"{path}: {full} must equal the token table")
 
 
@@ -280,6 +309,8 @@ def open_family(path):
     Derived in chapter 5.6.
     """
     tensors = published_tensors(path)
+    if not tensors:
+        raise ValueError(f"{path}: holds no tensors")
     file, _ = next(iter(tensors.values()))
     own = file.metadata.get(RECORD)
     if own is None:

@@ -70,15 +70,18 @@ class LlamaConfig(GPT2Config):
         C, NH = self.channels, self.num_heads
         if self.head_size is None and C % NH:
             self._refuse("channels", f"a multiple of num_heads = {NH}")
-        scaling = self.rope_scaling and tuple(self.rope_scaling)
         filled = {
-            "num_kv_heads": self.num_kv_heads or NH,
-            "head_size": self.head_size or C // NH,
-            "hidden": self.hidden or -(-8 * C // 192) * 64,
-            "rope_scaling": scaling or None,
+            "num_kv_heads": NH,
+            "head_size": C // NH,
+            "hidden": -(-8 * C // 192) * 64,
         }
         for name, value in filled.items():
-            object.__setattr__(self, name, value)
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        scaling = self.rope_scaling or None
+        if isinstance(scaling, list):  # as JSON has it
+            scaling = tuple(scaling)
+        object.__setattr__(self, "rope_scaling", scaling)
         self._check()
 
     def _refuse(self, name, wanted):
@@ -117,8 +120,9 @@ class LlamaConfig(GPT2Config):
         self._check_scaling()
 
     def _check_scaling(self):
-        kind, *numbers = self.rope_scaling or ("linear", 1.0)
-        count = {"linear": 1, "llama3": 4}.get(kind)
+        said = self.rope_scaling or ("linear", 1.0)
+        kind, *numbers = said if isinstance(said, tuple) else [said]
+        count = {"linear": 1, "llama3": 4}.get(str(kind))
         good = all(isinstance(x, (int, float)) for x in numbers)
         good = good and all(0 < x <= _LARGEST for x in numbers)
         if count != len(numbers) or not good:

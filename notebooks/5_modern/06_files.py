@@ -108,15 +108,18 @@ class LlamaConfig(GPT2Config):
         C, NH = self.channels, self.num_heads
         if self.head_size is None and C % NH:
             self._refuse("channels", f"a multiple of num_heads = {NH}")
-        scaling = self.rope_scaling and tuple(self.rope_scaling)
         filled = {
-            "num_kv_heads": self.num_kv_heads or NH,
-            "head_size": self.head_size or C // NH,
-            "hidden": self.hidden or -(-8 * C // 192) * 64,
-            "rope_scaling": scaling or None,
+            "num_kv_heads": NH,
+            "head_size": C // NH,
+            "hidden": -(-8 * C // 192) * 64,
         }
         for name, value in filled.items():
-            object.__setattr__(self, name, value)
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
+        scaling = self.rope_scaling or None
+        if isinstance(scaling, list):  # as JSON has it
+            scaling = tuple(scaling)
+        object.__setattr__(self, "rope_scaling", scaling)
         self._check()
 
     def _refuse(self, name, wanted):
@@ -155,8 +158,9 @@ class LlamaConfig(GPT2Config):
         self._check_scaling()
 
     def _check_scaling(self):
-        kind, *numbers = self.rope_scaling or ("linear", 1.0)
-        count = {"linear": 1, "llama3": 4}.get(kind)
+        said = self.rope_scaling or ("linear", 1.0)
+        kind, *numbers = said if isinstance(said, tuple) else [said]
+        count = {"linear": 1, "llama3": 4}.get(str(kind))
         good = all(isinstance(x, (int, float)) for x in numbers)
         good = good and all(0 < x <= _LARGEST for x in numbers)
         if count != len(numbers) or not good:
@@ -396,6 +400,11 @@ _NAMES = {
     "attention_softcap": "attn_logit_softcapping",
     "final_softcap": "final_logit_softcapping",
 }
+# without these a reader has to guess, and no two guess alike
+_NEEDED = (
+    "max_seq_len", "vocab_size", "num_layers", "num_heads", "channels",
+    "hidden", "norm_eps",
+)  # fmt: skip
 
 # %% [markdown]
 # `_Description` holds a file's path and values, so that each complaint can name
@@ -462,7 +471,10 @@ def described_config(path):
         for ours, theirs in _NAMES.items()
         if theirs in said.found
     }
-    given |= _rope(said, made) | _windows(said, made) | _scale(said)
+    for ours in _NEEDED:
+        if given.get(ours) is None:
+            raise ValueError(f"{path}: lacks {_NAMES[ours]}")
+    given |= _rope(said, made) | _windows(said, made) | _scale(said, made)
     try:
         return made(**given)
     except (TypeError, ValueError) as error:
@@ -482,10 +494,18 @@ def _rope(said, made):
     new, found = said.part("rope_parameters"), {}
     layers = new if "full_attention" in new else {"full_attention": new}
     whole = said.part("full_attention", layers)
-    theta = whole.get("rope_theta", said.found.get("rope_theta"))
+    older = said.found.get("rope_theta")
+    theta = whole.get("rope_theta", older)
+    if older not in (None, theta):
+        said.refuse("rope_theta", f"as in rope_parameters, {theta!r:.80}")
     if theta is not None:
         found["rope_theta"] = theta
-    scaling = _scaling(said, whole or said.part("rope_scaling"))
+    elif made.family == "qwen3":  # whose published files all have one
+        said.refuse("rope_theta", "there")
+    older = _scaling(said, said.part("rope_scaling"))
+    scaling = _scaling(said, whole) or older
+    if older not in (None, scaling):
+        said.refuse("rope_scaling", "as in rope_parameters")
     if scaling:
         found["rope_scaling"] = scaling
     local = said.part("sliding_attention", layers)
@@ -506,6 +526,8 @@ _SCALINGS = {
 
 
 def _scaling(said, part):
+    if part.get("partial_rotary_factor") not in (1.0, None):
+        raise ValueError(f"{said.path}: partial_rotary_factor must be 1.0")
     kind = part.get("rope_type", part.get("type", "default"))
     if kind == "default":
         return None
@@ -524,13 +546,15 @@ def _scaling(said, part):
 # Windows. A list of kinds becomes one number, "of so many blocks the last is whole",
 # and is compared with what that number means: an irregular list is refused, not
 # rounded. And `_scale` reads `query_pre_attn_scalar`, whose root Gemma 2 and 3
-# divide scores by in place of that of the head's size.
+# divide scores by in place of that of the head's size. Where a file leaves out the one
+# or the other, `transformers` takes 4,096 and 256, and so do we.
 
 
 # %% windows of both styles tags=["exporti", "fold-input"] module="formats.families"
 def _windows(said, made):
     """window and global_every, from layer_types or from a pattern."""
-    window = said.found.get("sliding_window")
+    usual = None if made.family == "qwen3" else 4096
+    window = said.found.get("sliding_window", usual)
     if said.found.get("use_sliding_window") is False or not window:
         return {"window": None, "global_every": 0}
     if made.family in ("llama", "gemma"):
@@ -554,8 +578,10 @@ def _windows(said, made):
     return {"window": window, "global_every": every}
 
 
-def _scale(said):
-    scalar = said.found.get("query_pre_attn_scalar")
+def _scale(said, made):
+    if made.family not in ("gemma2", "gemma3_text"):
+        return {}  # which read no such setting
+    scalar = said.found.get("query_pre_attn_scalar", 256)
     if scalar is None or scalar == said.found.get("head_dim"):
         return {}
     number = isinstance(scalar, (int, float))
@@ -621,14 +647,21 @@ for settings in bad:
 #
 # We write the older style with `layer_types` added, which old and new versions
 # read. What is None is left out, for an absent setting and a null are not the same
-# to every reader. Some settings belong to some families only: a Qwen 3's reader
-# passes over a window unless `use_sliding_window` is there too.
+# to every reader. But where they would take another value for what is absent, a Gemma
+# 2's caps or a Mistral's window, the null is written. Some settings belong to some
+# families only: a Qwen 3's reader passes over a window unless `use_sliding_window` is
+# there too.
 
 # %% a description, written tags=["export"] module="formats.families"
 _CLASSES = {
     "llama": "Llama", "mistral": "Mistral", "qwen3": "Qwen3",
     "gemma": "Gemma", "gemma2": "Gemma2", "gemma3_text": "Gemma3",
 }  # fmt: skip
+# what is not the same absent as null
+_NULLS = {
+    "gemma2": ("attn_logit_softcapping", "final_logit_softcapping"),
+    "mistral": ("sliding_window",),
+}
 
 
 def family_description(cfg):
@@ -645,8 +678,8 @@ def family_description(cfg):
     if cfg.rope_scaling:
         names = "rope_type", *_SCALINGS[cfg.rope_scaling[0]]
         found["rope_scaling"] = dict(zip(names, cfg.rope_scaling, strict=True))
-    if cfg.local_theta:
-        found["rope_local_base_freq"] = cfg.local_theta
+    if cfg.local_theta or cfg.family == "gemma3_text":
+        found["rope_local_base_freq"] = cfg.local_theta or cfg.rope_theta
     scale = cfg.attention_scale or cfg.head_size**-0.5
     if cfg.family in ("gemma2", "gemma3_text"):
         found["query_pre_attn_scalar"] = round(scale**-2, 9)
@@ -657,7 +690,8 @@ def family_description(cfg):
         kinds = "full_attention", "sliding_attention"
         found["layer_types"] = [kinds[x] for x in local]
         found["sliding_window"] = cfg.window
-    return {name: x for name, x in found.items() if x is not None}
+    nulls = _NULLS.get(cfg.family, ())
+    return {k: x for k, x in found.items() if x is not None or k in nulls}
 
 
 # %% [markdown]
@@ -712,7 +746,9 @@ def _read_family(path, cfg, tensors, params):
     read_pieces(cfg, tensors, params)
     if cfg.tied and "lm_head.weight" in tensors:
         file, full = tensors["lm_head.weight"]
-        if not np.array_equal(file[full], params["wte"][: cfg.vocab_size]):
+        wte = params["wte"][: cfg.vocab_size]
+        # which may have been rounded when it was read
+        if not np.array_equal(file[full].astype(wte.dtype), wte, True):
             raise ValueError(f"{path}: {full} must equal the token table")
 
 
@@ -725,6 +761,8 @@ def open_family(path):
     and what is wrong, before anything is read.
     """
     tensors = published_tensors(path)
+    if not tensors:
+        raise ValueError(f"{path}: holds no tensors")
     file, _ = next(iter(tensors.values()))
     own = file.metadata.get(RECORD)
     if own is None:

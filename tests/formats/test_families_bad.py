@@ -1,6 +1,7 @@
 """Folders of other families that are damaged, or contradict themselves."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from measure import peak
 
 import llmnb
 from llmnb.formats.checkpoint import open_model, write_folder
+from llmnb.formats.families import described_config, family_description
 from llmnb.formats.published import RECORD
 from llmnb.formats.safetensors import TensorFile, write_tensors
 from llmnb.model.gpt2 import GPT2
@@ -100,6 +102,7 @@ def changed(folder, family="llama", **changes):
 
 NORM, BIAS = "model.norm.weight", "model.layers.0.self_attn.q_proj.bias"
 LLAMA3 = {"rope_type": "llama3", "factor": 2.0}
+LINEAR = {"rope_type": "linear", "factor": 2.0}
 BAD = [
     ({"hidden_size": 32}, "q_proj.weight must be|embed_t"),
     ({"vocab_size": 22}, r"must be \(22, 16\), got \(21, 16\)"),
@@ -118,6 +121,18 @@ BAD = [
      "rope_type must be default, linear or llama3, got 'yarn'"),
     ({"rope_scaling": LLAMA3}, "rope scaling lacks low_freq_factor"),
     ({"rms_norm_eps": 0}, "norm_eps must be a positive number"),
+    ({"rms_norm_eps": None}, "config.json: lacks rms_norm_eps"),
+    ({"num_attention_heads": None}, "config.json: lacks num_attention_heads"),
+    ({"num_key_value_heads": 0}, "num_kv_heads must be a positive integer"),
+    ({"intermediate_size": 0}, "hidden must be a positive integer"),
+    ({"rope_parameters": {"rope_theta": 6.0}},
+     "rope_theta must be as in rope_parameters, 6.0, got 10000.0"),
+    ({"rope_scaling": LINEAR,
+      "rope_parameters": LINEAR | {"factor": 3.0, "rope_theta": 1e4}},
+     "rope_scaling must be as in rope_parameters"),
+    ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+     "partial_rotary_factor must be 1.0"),
+    ({"family": "qwen3", "rope_theta": None}, "rope_theta must be there"),
     ({NORM: None}, "has no tensor model.norm.weight"),
     ({BIAS: np.zeros(16, "f4")},
      "a llama has no tensor model.layers.0.self_attn.q_proj.bias"),
@@ -145,6 +160,76 @@ def test_what_a_tied_model_does_not_need_is_left(tmp_path, name):
     arrays[name] = arrays["model.embed_tokens.weight"].copy()
     write_tensors(tmp_path / "model.safetensors", arrays)
     assert load(tmp_path).cfg.tied
+
+
+def test_a_stretching_counts_beside_the_newer_style(tmp_path):
+    folder = changed(
+        tmp_path, rope_parameters={"rope_theta": 1e4}, rope_scaling=LINEAR
+    )
+    assert load(folder).cfg.rope_scaling == ("linear", 2.0)
+
+
+def test_what_is_left_out_is_what_transformers_takes(tmp_path):
+    """A window of 4,096, and scores over the root of 256."""
+    for family in "mistral", "gemma2", "gemma3_text":
+        gone = {"sliding_window": None, "query_pre_attn_scalar": None}
+        folder = changed(tmp_path / family, family, layer_types=None, **gone)
+        cfg = load(folder).cfg
+        assert cfg.window == 4096
+        assert cfg.attention_scale == (None if family == "mistral" else 1 / 16)
+    # and where a family has no such setting, nothing follows from one
+    more = {"sliding_window": 7, "query_pre_attn_scalar": 9}
+    cfg = load(changed(tmp_path / "llama", **more)).cfg
+    assert cfg == cfg_of("llama", 21)
+
+
+@pytest.mark.parametrize(
+    ("family", "none"),
+    [("gemma2", {"attention_softcap": None, "final_softcap": None}),
+     ("mistral", {"window": None}), ("gemma2", {"window": None})],
+)  # fmt: skip
+def test_what_is_none_is_none_for_its_reader(tmp_path, family, none):
+    """Who reads a description takes another value for what is absent."""
+    cfg = replace(cfg_of(family), **none)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(family_description(cfg)))
+    found = described_config(path)
+    assert {name: getattr(found, name) for name in none} == none
+    assert family != "mistral" or '"sliding_window": null' in path.read_text()
+
+
+def test_one_base_for_all_blocks_is_written_for_both(tmp_path):
+    cfg = cfg_of("gemma3_text", local_theta=None)
+    assert family_description(cfg)["rope_local_base_freq"] == cfg.rope_theta
+
+
+def test_no_tensors_are_one_error(tmp_path):
+    path = changed(tmp_path) / "model.safetensors"
+    for note in {}, {RECORD: "{}"}:
+        write_tensors(path, {}, note)
+        refused("holds no tensors", load, path)
+    path.unlink()
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text('{"weight_map": {}}')
+    refused("holds no tensors", load, index)
+
+
+def test_a_tied_table_of_float64_may_be_there_twice(tmp_path):
+    arrays = tensors_of(changed(tmp_path, "gemma"))
+    arrays = {name: x + np.float64(np.pi) for name, x in arrays.items()}
+    arrays["lm_head.weight"] = arrays["model.embed_tokens.weight"].copy()
+    write_tensors(tmp_path / "model.safetensors", arrays)
+    assert load(tmp_path).cfg.tied
+
+
+def test_zero_is_not_the_usual_number():
+    """And what is no scaling is refused as such, whatever it is."""
+    for name in "num_kv_heads", "head_size", "hidden":
+        with pytest.raises(ValueError, match=f"{name} must be a positive"):
+            llmnb.LlamaConfig(8, 21, 1, 2, 16, **{name: 0})
+    for scaling in 5, ([], 1.0), "linear":
+        with pytest.raises(ValueError, match="rope_scaling must be"):
+            llmnb.LlamaConfig(8, 21, 1, 2, 16, rope_scaling=scaling)
 
 
 def test_a_damaged_large_model_takes_no_memory(tmp_path):
