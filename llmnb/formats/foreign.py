@@ -54,11 +54,14 @@ class Foreign:
         return self._encode(re.sub("[\ud800-\udfff]", "\ufffd", text))
 
     def encode(self, text, allowed_special="all"):
-        """The tokens of a text, a list; markup becomes special tokens."""
-        if allowed_special != "all":
-            return self.encode_ordinary(text)
+        """The tokens of a text, a list; markup becomes special tokens.
+
+        allowed_special: a set of those that may, or "all".
+        """
         found, at = [], 0
         for markup in self._markup.finditer(text):
+            if allowed_special != "all" and markup[0] not in allowed_special:
+                continue
             if markup.start() > at:
                 found += self.encode_ordinary(text[at : markup.start()])
             found.append(self._special[markup[0]])
@@ -167,6 +170,11 @@ def _ends_beside(path, theirs):
     for kind in ("bos", "eos"):
         word = said.get(f"{kind}_token")
         word = word.get("content") if isinstance(word, dict) else word
+        if not isinstance(word, str | None):
+            raise ValueError(
+                f"{folder / 'tokenizer_config.json'}: {kind}_token must be a "
+                f"text, got {word!r:.80}"
+            )
         number = theirs.token_to_id(word) if word else None
         if number is None:
             number = numbers.get(f"{kind}_token_id")
@@ -183,7 +191,8 @@ def _ends_beside(path, theirs):
 
 
 def _optional(path):
-    return read_json(path) if path.is_file() else {}
+    # Gemma 3's tokenizer_config.json has more than a million bytes
+    return read_json(path, 1 << 24) if path.is_file() else {}
 
 
 # tokenizer.model

@@ -39,8 +39,12 @@ class GGUFFile:
                 what = what_is(path) or "it does not begin with GGUF"
                 raise ValueError(f"{path}: not a GGUF file ({what})")
         gguf = package("gguf", "modern", path)
+        now = os.stat(path)
+        which = now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns
         try:
-            reader = _read(gguf, self.path, os.stat(path).st_mtime_ns)
+            reader = _read(gguf, self.path, which)
+            if reader.byte_order != "I":
+                raise ValueError("its numbers begin with their other byte")
             self._fields = reader.fields
             self._tensors = {x.name: x for x in reader.tensors}
         except Exception as error:  # the library has no class of its own
@@ -82,8 +86,8 @@ class GGUFFile:
 
 # read once
 @lru_cache(maxsize=1)
-def _read(gguf, path, when):
-    """The library's reader of a file, as it was at a time.
+def _read(gguf, path, which):
+    """The library's reader of a file; which: one of another time is another.
 
     A vocabulary takes it seconds, and model, tokenizer and template are asked
     for one after the other.
@@ -242,9 +246,11 @@ _KNOWN_SCALINGS = (
 
 def _with_scaling(file, kind, cfg):
     """The configuration with the scaling that the file speaks of."""
-    scaling, there = None, file.get(f"{kind}.rope.scaling.type", "none")
+    factor = file.get(f"{kind}.rope.scaling.factor")
+    usual = "linear" if factor else "none"  # llama.cpp's
+    scaling, there = None, file.get(f"{kind}.rope.scaling.type", usual)
     if there == "linear":
-        scaling = "linear", file.get(f"{kind}.rope.scaling.factor")
+        scaling = "linear", _said(factor)
     elif there != "none":
         raise ValueError(f"the rotation's scaling {there!r:.80} is not known")
     if "rope_freqs.weight" in file.names:

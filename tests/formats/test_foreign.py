@@ -79,6 +79,9 @@ def test_markup_is_a_token_where_it_is_meant(ours, theirs):
     assert not {start, end} & set(said)
     assert ours.decode(said) == text
     assert ours.encode(text, allowed_special=()) == said
+    few = ours.encode(text, allowed_special={"<|im_end|>"})
+    assert few[-1] == end and start not in few
+    assert ours.decode(few) == text
     assert ours.special_tokens_set == set(MARKUP)
 
 
@@ -96,6 +99,17 @@ def test_its_ends_come_from_the_files_beside_it(theirs, tmp_path):
     for eos in 330, -1, "7", 1.5, []:
         config.write_text(json.dumps({"eos_token_id": eos}))
         refused("tokenizer.json: ", foreign_json, path)
+    beside = tmp_path / "tokenizer_config.json"
+    for word in 5, True, ["x"], {"content": 5}:
+        for kind in "bos_token", "eos_token":
+            beside.write_text(json.dumps({kind: word}))
+            says = f"tokenizer_config.json: {kind} must be a text"
+            with pytest.raises(ValueError, match=says):
+                foreign_json(path)
+    # Gemma 3's is this long
+    said = {"eos_token": "<|im_end|>", "more": "x" * 1_156_999}
+    beside.write_text(json.dumps(said))
+    assert foreign_json(path).eot_token == theirs.token_to_id("<|im_end|>")
     # a begin is known where the library puts one
     start = theirs.token_to_id("<|im_start|>")
     begin_with(theirs, "<|im_start|>", start)

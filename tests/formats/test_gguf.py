@@ -1,5 +1,6 @@
 """GGUF files, which the tests write with the library gguf."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -205,10 +206,16 @@ def test_scaled_rotations_are_recognised(factor, tmp_path):
 
 
 def test_a_linear_scaling_is_read(tmp_path):
-    said = {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}
+    """3.3 as it was meant; and a factor alone is one, as in llama.cpp."""
+    said = {"rope.scaling.type": "linear", "rope.scaling.factor": 3.3}
     params = random_params(WIDE)
-    path = write_model(tmp_path / "a.gguf", WIDE, params, keys=said)
-    assert ours.open_gguf(path)[0].rope_scaling == ("linear", 4.0)
+    for keys, want in (
+        (said, ("linear", 3.3)),
+        ({"rope.scaling.factor": 4.0}, ("linear", 4.0)),
+        (said | {"rope.scaling.type": "none"}, None),
+    ):
+        path = write_model(tmp_path / "a.gguf", WIDE, params, keys=keys)
+        assert ours.open_gguf(path)[0].rope_scaling == want
 
 
 # keys and tensors that are gone (None) or others
@@ -267,6 +274,32 @@ def test_what_is_no_gguf_is_said_to_be_what_it_is(tmp_path):
         refused(says, ours.open_gguf, path)
     write_gguf(path, {"mamba.block_count": 1}, "mamba")
     refused("one of llama, qwen3.*got 'mamba'", ours.open_gguf, path)
+
+
+def test_the_other_order_of_bytes_is_refused(tmp_path):
+    path, order = tmp_path / "a.gguf", gguf.GGUFEndian.BIG
+    writer = gguf.GGUFWriter(path, "llama", endianess=order)
+    writer.add_tensor("x", np.ones((2, 32), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    refused("begin with their other byte", ours.GGUFFile, path)
+
+
+def test_a_file_in_the_place_of_another_is_read_anew(tmp_path):
+    """Though its time and its size are the same."""
+    one, two = tmp_path / "a.gguf", tmp_path / "b.gguf"
+    params = random_params(TINY)
+    write_model(one, TINY, params)
+    write_model(two, TINY, {name: 2 * x for name, x in params.items()})
+    read(one)
+    now = one.stat().st_mtime_ns
+    os.utime(two, ns=(now, now))
+    two = two.rename(tmp_path / "c.gguf")
+    one.rename(tmp_path / "b.gguf")
+    two.rename(one)
+    assert np.array_equal(read(one)[1]["wte"], 2 * params["wte"])
 
 
 def test_a_length_that_lies_is_found_at_once(tmp_path):
