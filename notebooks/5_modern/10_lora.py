@@ -457,6 +457,7 @@ def adapter_shapes(cfg, rank=8, targets=TARGETS):
         for x in tensor_table(cfg)
         if x.stacked and len(x.shape) == 2
     }
+    targets = tuple(targets or ())
     if not targets:
         raise ValueError("LoRA: targets must name at least one weight")
     for name in targets:
@@ -542,8 +543,9 @@ class LoRA(_Adapted):
         seed=42, *, rank=8, alpha=16.0, targets=TARGETS,
     ):  # fmt: skip
         check_number("LoRA: alpha", alpha, "above 0")
-        self._shapes = adapter_shapes(cfg, rank, targets)
-        self.rank, self.targets = rank, tuple(targets)
+        # one road for a name that stands twice
+        self.rank, self.targets = rank, tuple(dict.fromkeys(targets or ()))
+        self._shapes = adapter_shapes(cfg, rank, self.targets)
         self.scale = float(alpha) / rank
         super().__init__(cfg, batch_size, seq_len, backend, precision, seed)
         self.ops = _Frozen(self.ops)
@@ -749,8 +751,10 @@ def load_adapters(path, model):
     for name, x in model.adapters.items():
         if name not in file.names:
             raise ValueError(f"{path}: has no {name}")
-        found[name] = file[name]
-        check_fit(f"{path}: {name}", found[name], x.shape, FLOATS)
+        own = file[name]
+        check_fit(f"{path}: {name}", own, x.shape, FLOATS)
+        with np.errstate(over="ignore"):
+            found[name] = own.astype(x.dtype)
     if wrong := first_not_finite(found):
         raise ValueError(f"{path}: {wrong}")
     for name, x in model.adapters.items():
@@ -791,7 +795,7 @@ def merge(model):
         down, up = (model.adapters[f"{name}.{x}"] for x in ("down", "up"))
         for weight, d, u in zip(model.params[name], down, up, strict=True):
             weight += model.scale * u @ d
-        up.fill(0)
+            u.fill(0)  # at once: stopped half-way it can go on
     model._forget()
 
 

@@ -119,6 +119,32 @@ def test_a_merged_model_computes_the_same(name):
         near(model.grads[f"{key}.up"], dw @ np.swapaxes(down, 1, 2))
 
 
+def test_a_merge_that_is_stopped_half_way_goes_on():
+    """No block's adapters are added twice."""
+    model, whole = moved(CONFIGS["llama"]), moved(CONFIGS["llama"])
+    merge(whole)
+    weights = model.params["fcw"]
+    last = weights[1:].copy()
+    last.flags.writeable = False
+    model.params["fcw"] = [weights[0], last[0]]
+    with pytest.raises(ValueError, match="read-only"):
+        merge(model)
+    model.params["fcw"] = weights
+    merge(model)
+    for name, want in whole.params.items():
+        assert np.array_equal(model.params[name], want), name
+
+
+def test_targets_may_come_one_at_a_time_and_twice():
+    names = "fcw", "qkvw", "fcw"
+    model = LoRA(CONFIGS["llama"], B, T, "reference", targets=iter(names))
+    assert model.targets == ("fcw", "qkvw")
+    assert len(model.adapters) == 4
+    shapes = lora.adapter_shapes(CONFIGS["llama"], targets=iter(names))
+    assert shapes.keys() == model.adapters.keys()
+    assert len(set(trained(model))) == 3
+
+
 def test_adapters_are_written_and_read(tmp_path):
     path = tmp_path / "adapters.safetensors"
     first = moved(CONFIGS["llama"], alpha=7, targets=("qkvw", "fcw"))
@@ -190,12 +216,17 @@ def changed(path, change):
             lambda t, r: t["fcw.up"].fill(np.nan) or {},
             "fcw.up is nan",
         ),
+        (  # finite, but not as a float32
+            lambda t, r: t["fcw.up"].fill(1e300) or {},
+            "fcw.up is inf",
+        ),
     ],
 )  # fmt: skip
 def test_adapters_that_do_not_fit_are_refused(change, says, tmp_path):
     path, model = tmp_path / "a.safetensors", moved(CONFIGS["llama"])
     save_adapters(path, model)
     changed(path, change)
+    model = moved(CONFIGS["llama"], precision="fp32")
     before = model.adapters["qkvw.up"].copy()
     with pytest.raises(ValueError, match=says) as error:
         load_adapters(path, model)
