@@ -168,6 +168,9 @@ def run(args):
     folder = Path(args.transcript).parent
     if not folder.is_dir():
         raise ValueError(f"transcript: there is no folder {folder}")
+    if args.transcript and Path(args.transcript).is_dir():
+        raise ValueError(f"transcript: {args.transcript} is a folder")
+    _prepare_input()
     set_threads(args)
     talk = _conversation(args)
     if sys.stdin.isatty():
@@ -196,11 +199,21 @@ def _conversation(args):
     encoding = open_encoding(tokenizer_of(path, found.cfg.vocab_size))
     length = min(args.context, found.cfg.max_seq_len)
     tell_compiling("cpu")
-    model = Decoder.from_checkpoint(path, 1, length)
+    model = Decoder.from_checkpoint(path, 1, length, encoding.n_vocab)
     return Conversation(model, encoding, template, args.system)
 
 
 # lines, answers, a transcript
+def _prepare_input():
+    """Have bytes that are no text read as U+FFFD, instead of an error."""
+    if sys.stdin is None:
+        raise ValueError("chat reads standard input, which is closed")
+    if hasattr(sys.stdin, "reconfigure"):
+        # what is no terminal is UTF-8, as files are
+        kind = {} if sys.stdin.isatty() else {"encoding": "utf-8"}
+        sys.stdin.reconfigure(errors="replace", **kind)
+
+
 def _read():
     """A line of the user's, or None at the end; Ctrl-C clears the line."""
     while True:
@@ -253,4 +266,5 @@ def _write_transcript(args, talk):
     """Write all that was said as text, whole or not at all."""
     if args.transcript and talk.answers:
         text = "\n\n".join(talk.log) + "\n"
-        write_whole(args.transcript, text.encode())
+        # an option may hold halves of characters, which are no text
+        write_whole(args.transcript, text.encode("utf-8", "replace"))

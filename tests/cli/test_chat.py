@@ -47,9 +47,9 @@ def never_ending(params, encoding):
     saying(params, encoding.encode_ordinary("abcdefghijklmnopqrstuvwxyz "))
 
 
-def folder_of(folder, length=256, change=never_ending):
+def folder_of(folder, length=256, change=never_ending, rows=259):
     """A model of single bytes with a template; its answers are letters."""
-    cfg = GPT2Config(length, 259, 1, 2, 16)
+    cfg = GPT2Config(length, rows, 1, 2, 16)
     model = GPT2(cfg, 1, 8, "reference", seed=3)
     folder.mkdir()
     theirs = byte_level(markup=MARKUP, size=259)
@@ -204,6 +204,42 @@ def test_a_conversation_through_a_pipe(talker, llmnb, monkeypatch, tmp_path):
             "user: hello", f"assistant: {answers[2].strip()}",
         ]
     ) + "\n"  # fmt: skip
+
+
+def test_bytes_that_are_no_text(talker, llmnb, monkeypatch, tmp_path):
+    """They end no conversation and lose none, read or told."""
+    for encoding, errors in ("utf-8", "strict"), ("cp1252", "surrogateescape"):
+        raw = io.BytesIO("hé\n".encode() + b"b\xff\nc\n")
+        lines = io.TextIOWrapper(raw, encoding, errors)
+        monkeypatch.setattr(sys, "stdin", lines)
+        how = "--tokens", 6, "--transcript", "said.txt", "--system", "\udcff"
+        code, out, err = llmnb("chat", talker, *how)
+        assert code == 0, err
+        assert [len(x) for x in out.splitlines()] == [6, 6, 6]
+        kept = (tmp_path / "said.txt").read_text("utf-8")
+        assert kept.startswith("system: ?\n\nuser: hé\n")
+        assert "\n\nuser: b\ufffd\n" in kept
+
+
+def test_what_is_refused_before_the_model_is_read(failed, monkeypatch):
+    Path("folder").mkdir()
+    says = failed("chat", "none", "--transcript", "folder")
+    assert "transcript: folder is a folder" in says
+    assert "transcript: . is a folder" in failed(
+        "chat", "none", "--transcript", "."
+    )
+    monkeypatch.setattr(sys, "stdin", None)
+    assert "standard input, which is closed" in failed("chat", "none")
+
+
+def test_rows_that_pad_a_table_are_never_said(done, monkeypatch, tmp_path):
+    def padded(params, encoding):
+        never_ending(params, encoding)
+        params["wte"][encoding.n_vocab :, 0] = 20.0
+
+    folder = folder_of(tmp_path / "a", change=padded, rows=300)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n"))
+    assert len(done("chat", folder, "--tokens", 6)) == 7
 
 
 def test_what_the_command_is_told_reaches_the_model(talker, done, monkeypatch):

@@ -33,6 +33,7 @@ def test_transformers_renders_the_same(tmp_path):
         "    {%- if m.role == 'nobody' %}{% continue %}{% endif %}\n"
         "    {{- '[' + m.role + '] ' + m.content.strip() + eos_token }}\n"
         "{%- endfor %}\n"
+        "{%- if tools is not none %}[tools]{% endif %}"
         "{%- if add_generation_prompt is defined %}{{ '[answer]' }}{% endif %}"
     )
     model = tokenizers.models.WordLevel({"<s>": 0, "</s>": 1}, "<s>")
@@ -46,6 +47,12 @@ def test_transformers_renders_the_same(tmp_path):
     want = theirs.apply_chat_template(messages, chat_template=template, **how)
     assert render_chat(template, messages, "<s>", "</s>") == want
     assert want.endswith("hello</s>[answer]")
+
+
+def test_there_are_no_tools_and_no_documents():
+    """They are defined, as transformers defines them."""
+    asked = "{{ tools is not none }} {{ documents is not none }}"
+    assert render_chat(asked, HELLO) == "False False"
 
 
 @pytest.mark.parametrize(("template", "says"), [
@@ -105,7 +112,10 @@ def test_a_template_is_found_in_a_gguf(tmp_path):
         chat_template(write_gguf(tmp_path / "b.gguf", {}))
 
 
-NONE = [None, 7, ["T"], [named("tool_use", "T")], [named("default", 7)]]
+NONE = [
+    None, 7, "", ["T"], [named("tool_use", "T")], [named("default", 7)],
+    [named(["default"], "T")],
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("said", [{}, *({"chat_template": x} for x in NONE)])
