@@ -226,12 +226,15 @@ class DeviceArray:
         """A NumPy array of the elements; ary, if given, receives them."""
         if ary is None:
             return self._array.copy()
+        check_fit("copy_to_host: ary", ary, self.shape, self.dtype)
         ary[...] = self._array
         return ary
 
     def copy_to_device(self, ary, stream=0):
-        """Overwrite the elements with those of `ary`."""
-        self._array[...] = np.asarray(ary)
+        """Overwrite the elements with those of `ary`, of the same dtype."""
+        ary = np.asarray(ary)
+        check_fit("copy_to_device: ary", ary, self.shape, self.dtype)
+        self._array[...] = ary
 
 
 # %% [markdown]

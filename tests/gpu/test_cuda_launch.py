@@ -141,6 +141,18 @@ def test_there_and_back():
     assert isinstance(there[1, 1], np.float32)  # one element is a number
 
 
+def test_copies_neither_convert_nor_broadcast():
+    """As numba's do not."""
+    there = simulated(floats(3, 2))
+    for way in (there.copy_to_device, there.copy_to_host):
+        with pytest.raises(TypeError, match="ary must be float32, got float6"):
+            way(np.zeros((3, 2)))
+        for shape in ((2,), (1, 2), (2, 3), (4, 3, 2)):
+            with pytest.raises(ValueError, match="ary must have shape"):
+                way(np.zeros(shape, np.float32))
+    same(there, floats(3, 2))
+
+
 def test_views_share_memory():
     there = simulated(floats(4, 6))
     row, flat = there[1], there.reshape(24)
