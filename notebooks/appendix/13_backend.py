@@ -224,7 +224,8 @@ def backend_named(name, precision):
 #   for it scales only gradients that are too long; so it is no pass, and is called.
 #   The same goes for numbers: AdamW's change from step to step.
 # - *Nobody watches.* If `model.ops` was exchanged, as below, the new layers want to see
-#   each call.
+#   each call. It must be exchanged as a whole: that a function of the compiled room
+#   itself was replaced, by `cpu.gelu_forward = ...`, no record knows.
 #
 # What else a pass depends on is its key: `backward` has one record for gradients
 # that are written and one for gradients that are added. The arrays live as long
