@@ -154,6 +154,7 @@ def backend_named(name, precision):
 
     Derived in chapter A.13.
     """
+    choose("GPT2: precision", precision, PRECISIONS)
     if name not in PRECISIONS[precision]:
         needs = " or ".join(map(repr, PRECISIONS[precision]))
         raise ValueError(

@@ -204,6 +204,7 @@ def choose(what, value, choices):
 
 def backend_named(name, precision):
     """The Backend of that name; raises ValueError for a precision it lacks."""
+    choose("GPT2: precision", precision, PRECISIONS)
     if name not in PRECISIONS[precision]:
         needs = " or ".join(map(repr, PRECISIONS[precision]))
         raise ValueError(

@@ -12,7 +12,7 @@ from llamas import FAMILIES, cfg_of
 from problems import assert_threads_change_no_bit, batch, wide
 
 from llmnb import GPT2, GPT2Config, cpu
-from llmnb.backend import noted, recorded
+from llmnb.backend import backend_named, noted, recorded
 from llmnb.model.tensors import parameter_count
 from llmnb.train.loop import train
 from llmnb.train.start import new_model
@@ -368,6 +368,12 @@ def test_a_steps_settings_are_looked_at_first(backend, settings, error, says):
 def test_a_model_that_cannot_be(wrong, says):
     with pytest.raises(ValueError, match=says):
         GPT2(TINY, **{"batch_size": 2, "seq_len": 3, **wrong})
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_a_backend_that_cannot_be(precision):
+    with pytest.raises(ValueError, match="GPT2: precision "):
+        backend_named("reference", precision)
 
 
 def test_without_a_seed_the_weights_are_zero():
