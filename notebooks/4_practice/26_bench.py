@@ -472,7 +472,7 @@ def _steps(args):
 
 def _settings(args, precisions=("fp32",)):
     """The Settings of a command, with precisions if it names none."""
-    _, *names = Settings._fields
+    _, *names, _ = Settings._fields  # a command has all patience
     options = {name: getattr(args, name) for name in names}
     return Settings(args.precision or precisions, **options)
 
