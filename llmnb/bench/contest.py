@@ -190,16 +190,9 @@ def _rivals(ladder, there):
         found["torch"] = {"unmeasured": str(why)}
     else:
         tensors = SimpleNamespace(**_tensors(torch, there))
-        runs["torch"] = ladder.torch(torch, tensors)
-    return runs, found
-
-
-def _tensors(torch, there):
-    """PyTorch's view of our arrays; numbers stay."""
-    return {
-        k: torch.as_tensor(v, device="cuda") if hasattr(v, "nbytes") else v
-        for k, v in there.items()
-    }
+        runs["torch"] = prepared(ladder, torch, tensors)
+    good, others = tried(runs)
+    return good, found | others
 
 
 # arguments on the GPU
@@ -246,8 +239,10 @@ def expected_by(torch, ladder, arguments):
 
 # what fits
 def free_bytes():
-    """Bytes that are free on the GPU."""
-    return numba_cuda().current_context().get_memory_info()[0]
+    """Bytes that are free on the GPU, once numba gives back what it keeps."""
+    context = numba_cuda().current_context()
+    context.deallocations.clear()
+    return context.get_memory_info()[0]
 
 
 def fitting_batch(batch_size, needs, free):
@@ -305,6 +300,38 @@ def torch_or_none():
         return torch_on("cuda")
     except (ImportError, NotImplementedError):
         return None
+
+
+def prepared(ladder, torch, tensors):
+    """PyTorch's operation, which its first call makes ready."""
+    ready = functools.cache(functools.partial(ladder.torch, torch, tensors))
+    return lambda: ready()()
+
+
+def tried(runs):
+    """Of some functions those that run, and rows that say why others fail."""
+    good, found = {}, {}
+    for name, run in runs.items():
+        try:
+            run()
+            good[name] = run
+        except Exception as error:  # it must not cost the others
+            found[name] = {"unmeasured": first_words(error)}
+    return good, found
+
+
+def first_words(error):
+    """One line that an error says, or its name."""
+    said = str(error).strip() or type(error).__name__
+    return said.splitlines()[0][:300]
+
+
+def _tensors(torch, there):
+    """PyTorch's view of our arrays; numbers stay."""
+    return {
+        k: torch.as_tensor(v, device="cuda") if hasattr(v, "nbytes") else v
+        for k, v in there.items()
+    }
 
 
 # a version with link-time optimisation
@@ -395,11 +422,14 @@ def _found_wrong(ladder, sizes, gpu, drawn, known):
     for number, name in enumerate(ladder.names, 1):
         if name in known:
             continue
-        wrong = judge(ladder, number, judged)
-        if want and not wrong:
-            there = _there(torch, drawn)
-            _ready(ladder, number, sizes, there)()
-            wrong = wrong_with(_tensors(torch, there), want, kept)
+        try:
+            wrong = judge(ladder, number, judged)
+            if want and not wrong:
+                there = _there(torch, drawn)
+                _ready(ladder, number, sizes, there)()
+                wrong = wrong_with(_tensors(torch, there), want, kept)
+        except Exception as error:  # it must not cost the others
+            wrong = first_words(error)
         if wrong:
             found[name] = wrong
     return found

@@ -161,10 +161,42 @@ def test_the_library_and_torch_take_turns(why, library, monkeypatch):
     asked = {"cuBLASLt": library, "torch": why}
     assert reasons == {k: x for k, x in asked.items() if x}
     assert [*runs] == [k for k, x in asked.items() if not x]
+    seen.clear()  # each has been tried
     for run in runs.values():
         run()
     shapes = [(2, 5, 128)] * (not library)
     assert seen == shapes + [((2, 5, 128), "cuda")] * (not why)
+
+
+def fail(*arguments):
+    raise RuntimeError("\nno kernel\nfor this shape")
+
+
+def test_a_rival_that_fails_costs_only_its_own_row(monkeypatch):
+    ladder = ladder_named("matmul_forward")._replace(
+        library=lambda: {"cuBLASLt": lambda *a: None, "TF32": fail},
+        torch=fail,  # before it is timed
+    )
+    torch = SimpleNamespace(as_tensor=lambda x, device: x)
+    monkeypatch.setattr(module, "no_cublas", lambda: "")
+    monkeypatch.setattr(module, "torch_on", torch_or_none(torch))
+    runs, found = module._rivals(ladder, {"out": np.zeros(3)})
+    assert [*runs] == ["cuBLASLt"]
+    why = {"unmeasured": "no kernel"}
+    assert found == {"TF32": why, "torch": why}
+
+
+def test_a_version_that_fails_costs_only_its_own_row(monkeypatch):
+    ladder = ladder_named("encoder_backward")
+    first, *others = ladder.names
+
+    def judged(ladder, number, sizes):
+        return fail() if number == 1 else ""
+
+    monkeypatch.setattr(module, "judge", judged)
+    gpu = module.Gpu(None, {}, None, TINY)
+    found = module._found_wrong(ladder, TINY, gpu, ladder.draw(TINY), {})
+    assert others and found == {first: "no kernel"}
 
 
 def torch_or_none(torch, why=""):
