@@ -3,12 +3,14 @@
 import json
 import os
 import signal
+import subprocess
 import zipfile
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import results_page
+from processes import python
 
 from llmnb import GPT2Config, cuda
 from llmnb.bench import contest as kernels
@@ -85,6 +87,105 @@ def test_every_row_is_on_disk_before_the_next(tmp_path):
     result.row(contest, "late", rows, needs=1e6)
     late = {"name": "late", "unmeasured": "no time was left"}
     assert contest["contestants"][-1] == late
+
+
+def begun(path, resume=True, **how):
+    """A result that another process has begun, and its one contest."""
+    result = gpu.Result(path, 100, {"backend": "cuda"}, resume, **how)
+    return result, result.contest("a", "losses", "of a test")
+
+
+def end_the_process():
+    raise SystemExit(3)
+
+
+def test_a_process_that_ends_is_followed_by_another(tmp_path):
+    """It asks for nothing twice, least of all for what has ended the first."""
+    result, contest = begun(tmp_path / "new" / "a.json", resume=False)
+    result.row(contest, "a", lambda: {"worst": 1.0})
+    with pytest.raises(SystemExit):
+        result.row(contest, "b", end_the_process)
+    result, contest = begun(result.path)
+    for name in "ab":
+        result.row(contest, name, end_the_process)
+    result.row(contest, "c", lambda: {"worst": 2.0})
+    second = result.contest("a", "losses", "of a test")  # named like the first
+    result.row(second, "a", lambda: {"worst": 3.0})
+    found = json.loads(result.path.read_text("utf-8"))
+    first, second = (x["contestants"] for x in found["contests"])
+    assert [x.get("worst") for x in first] == [1.0, None, 2.0]
+    assert "ended its process" in first[1]["unmeasured"]
+    assert second == [{"name": "a", "worst": 3.0}]
+    assert "under_way" not in found
+
+
+def test_the_next_process_has_the_time_that_is_left(tmp_path):
+    result, contest = begun(tmp_path / "a.json")  # nothing is there yet
+    result.found["began"] -= 60
+    result.write()
+    result, contest = begun(result.path)
+    result.row(contest, "a", end_the_process, needs=50)
+    assert contest["contestants"][0]["unmeasured"] == "no time was left"
+    result.found["began"] -= 86400
+    result.write()
+    _, contest = begun(result.path)  # that was yesterday's
+    assert contest["contestants"] == []
+
+
+def test_a_lost_gpu_ends_the_process_with_its_row_on_disk(
+    tmp_path, monkeypatch
+):
+    assert not gpu.lost()
+    monkeypatch.setattr(gpu, "lost", lambda: True)
+    result, contest = begun(tmp_path / "a.json")
+    with pytest.raises(SystemExit) as end:
+        result.row(contest, "a", lambda: 1 / 0)
+    assert end.value.code == start.AGAIN
+    found = json.loads(result.path.read_text("utf-8"))["contests"]
+    assert "by zero" in found[0]["contestants"][0]["unmeasured"]
+
+
+LATE = """
+import sys, time
+from llmnb.bench import gpu
+result = gpu.Result(sys.argv[1], 100, {}, patience=0.3)
+contest = result.contest("a", "losses", "of a test")
+result.row(contest, "in time", dict, needs=0.1)
+result.row(contest, "late", lambda: time.sleep(500), needs=0.1)
+"""
+
+
+def test_who_is_late_ends_the_process(tmp_path):
+    done = python(LATE, tmp_path / "a.json")
+    assert done.returncode == start.AGAIN, done.stderr
+    _, contest = begun(tmp_path / "a.json")
+    names = {x["name"]: "unmeasured" in x for x in contest["contestants"]}
+    assert names == {"in time": False, "late": True}
+
+
+def test_tools_that_fail_cost_rows_and_nothing_else(tmp_path, monkeypatch):
+    def fail(*args, **how):
+        raise RuntimeError("no clock")
+
+    for name in ("Clock", "on_gpu", "free_bytes", "torch_or_none"):
+        monkeypatch.setattr(gpu, name, fail)
+    monkeypatch.setattr(gpu, "no_cublas", lambda: "")
+    result = gpu.Result(tmp_path / "a.json", 100, {"backend": "cuda"})
+    gpu.ask_halves(result, TINY, judging=True)
+    gpu.ask_kernels(result, TINY, judging=True)
+    rows = [y for x in result.found["contests"] for y in x["contestants"]]
+    assert len(rows) > 20 and {x["unmeasured"] for x in rows} == {"no clock"}
+    assert gpu.step_batch(GPT2Config(), 16, 1024) == 1
+
+
+def test_layers_are_timed_where_their_limit_fails(monkeypatch):
+    def fail(clock):
+        raise RuntimeError("no mma")
+
+    monkeypatch.setattr(gpu, "Clock", lambda: "a clock")
+    monkeypatch.setattr(gpu, "mma_peak", fail)
+    monkeypatch.setattr(gpu, "torch_or_none", lambda: None)
+    assert gpu._half_tools() == ("a clock", None, 0)
 
 
 @pytest.mark.parametrize("ladder", LADDERS, ids=NAMES)
@@ -171,6 +272,30 @@ def test_carried_wheels_are_installed_beside_the_checkout(tmp_path):
     assert (there / "carried.py").read_text() == "HERE = 1\n"
 
 
+def test_what_cannot_be_installed_is_said(tmp_path, monkeypatch, capsys):
+    """Where nobody answers, pip is given up, and what is lacking is named."""
+    seen = []
+
+    def run(command, timeout, check):
+        seen.append(command)
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(start.subprocess, "run", run)
+    monkeypatch.setattr(start, "NEEDS", {"nobody_has": "nobody-has>=1"})
+    monkeypatch.setattr(start, "BETTER", {"json": "js", "nor_this": "nor"})
+    start.install(tmp_path)
+    assert seen[0].count("nobody-has>=1") == 1 and "js" not in seen[0]
+    said = capsys.readouterr().out
+    assert "pip could not install" in said
+    assert "without nobody-has>=1 nothing can be measured" in said
+    assert "without nor less can be measured" in said
+    (tmp_path / "build" / "gpu").mkdir(parents=True)
+    for name in ("nobody_has.py", "nor_this.py"):
+        (tmp_path / "build" / "gpu" / name).touch()
+    start.install(tmp_path)  # it stands there from the last time
+    assert capsys.readouterr().out == "" and len(seen) == 1
+
+
 def test_a_library_of_a_toolkit_is_found(tmp_path):
     place = tmp_path / "cuda-13.0" / "nvvm" / "lib64"
     place.mkdir(parents=True)
@@ -183,10 +308,11 @@ def test_a_library_of_a_toolkit_is_found(tmp_path):
 def process(monkeypatch, tmp_path):
     """One that is not started: the codes with which it ends, None being too
     late, and what it is asked."""
-    seen = SimpleNamespace(codes=[], asked=[])
+    seen = SimpleNamespace(codes=[], asked=[], commands=[])
 
     def popen(command, env, cwd):
         seen.command, seen.env = command, env
+        seen.commands.append(command[3:])
         return seen
 
     def wait(timeout=None):
@@ -197,6 +323,7 @@ def process(monkeypatch, tmp_path):
 
     seen.wait, seen.send_signal = wait, seen.asked.append
     seen.terminate = lambda: seen.asked.append("terminated")
+    seen.kill = lambda: seen.asked.append("killed")
     fake = SimpleNamespace(Popen=popen, TimeoutExpired=TimeoutError)
     monkeypatch.setattr(start, "subprocess", fake)
     monkeypatch.setattr(start, "install", lambda root: tmp_path)
@@ -219,9 +346,35 @@ def test_the_measurement_starts_with_what_was_found(process, tmp_path):
 )
 def test_a_measurement_that_takes_too_long(process, monkeypatch, system, how):
     """It is asked to end as the system can ask; Windows has no SIGINT."""
+    monkeypatch.setenv("LIMIT", "0")
     process.codes += [None, 3]
     there = {"environ": os.environ, "pathsep": os.pathsep, "name": system}
     monkeypatch.setattr(start, "os", SimpleNamespace(**there))
     with pytest.raises(SystemExit) as end:
         start.main([])
     assert (end.value.code, process.asked) == (3, [how])
+
+
+def test_a_measurement_that_hangs_is_killed(process, monkeypatch):
+    monkeypatch.setenv("LIMIT", "0")
+    process.codes += [None, None]
+    with pytest.raises(SystemExit) as end:
+        start.main([])
+    assert (end.value.code, process.asked[1:]) == (1, ["killed"])
+
+
+@pytest.mark.parametrize("code", [start.AGAIN, -11])
+def test_a_measurement_that_is_lost_is_taken_up(process, code):
+    process.codes += [code, code, 0]
+    with pytest.raises(SystemExit) as end:
+        start.main(["--seconds", "9"])
+    first, *others = process.commands
+    assert first == ["--seconds", "9"] and len(others) == 2
+    assert all("--resume" in x for x in others) and end.value.code == 0
+
+
+def test_a_measurement_that_refuses_is_not_taken_up(process):
+    process.codes += [1]
+    with pytest.raises(SystemExit) as end:
+        start.main([])
+    assert end.value.code == 1 and process.commands == [[]]
