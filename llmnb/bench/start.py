@@ -36,8 +36,9 @@ def install(root):
     if wheels or _lacking(every, there):
         command = [sys.executable, "-m", "pip", "install", "-q", "--upgrade"]
         command += ["--no-input", "--target", str(there), *how]
+        most = 120 if wheels or _lacking(NEEDS, there) else 30
         try:
-            subprocess.run(command, timeout=120, check=True)
+            subprocess.run(command, timeout=most, check=True)
         except (OSError, subprocess.SubprocessError) as error:
             print("pip could not install:", error, flush=True)
     for x in _lacking(every, there):

@@ -712,7 +712,7 @@ def main(argv=None):
 # libNVVM nor metadata of this book's package, and nobody to ask for wheels. A
 # short program that needs nothing but Python looks first. Wheels carried along
 # in `wheels/` are installed beside the checkout; without them `pip` is asked,
-# which needs a network, for at most two minutes. libNVVM is looked for in
+# which needs a network, for two minutes at most. libNVVM is looked for in
 # toolkits on the disk. Then the measurement starts as a process of its own, with
 # what was found on its paths. One that was lost or late, or that crashed, is
 # followed by the next, while there is time; the installation counts too.
@@ -746,8 +746,9 @@ def install(root):
     if wheels or _lacking(every, there):
         command = [sys.executable, "-m", "pip", "install", "-q", "--upgrade"]
         command += ["--no-input", "--target", str(there), *how]
+        most = 120 if wheels or _lacking(NEEDS, there) else 30
         try:
-            subprocess.run(command, timeout=120, check=True)
+            subprocess.run(command, timeout=most, check=True)
         except (OSError, subprocess.SubprocessError) as error:
             print("pip could not install:", error, flush=True)
     for x in _lacking(every, there):

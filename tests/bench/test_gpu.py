@@ -274,10 +274,11 @@ def test_carried_wheels_are_installed_beside_the_checkout(tmp_path):
 
 def test_what_cannot_be_installed_is_said(tmp_path, monkeypatch, capsys):
     """Where nobody answers, pip is given up, and what is lacking is named."""
-    seen = []
+    seen, limits = [], []
 
     def run(command, timeout, check):
         seen.append(command)
+        limits.append(timeout)
         raise subprocess.TimeoutExpired(command, timeout)
 
     monkeypatch.setattr(start.subprocess, "run", run)
@@ -289,11 +290,15 @@ def test_what_cannot_be_installed_is_said(tmp_path, monkeypatch, capsys):
     assert "pip could not install" in said
     assert "without nobody-has>=1 nothing can be measured" in said
     assert "without nor less can be measured" in said
-    (tmp_path / "build" / "gpu").mkdir(parents=True)
-    for name in ("nobody_has.py", "nor_this.py"):
-        (tmp_path / "build" / "gpu" / name).touch()
-    start.install(tmp_path)  # it stands there from the last time
-    assert capsys.readouterr().out == "" and len(seen) == 1
+    folder = tmp_path / "build" / "gpu"
+    folder.mkdir(parents=True)
+    (folder / "nobody_has.py").touch()
+    start.install(tmp_path)
+    assert limits == [120, 30]  # for less there is less time
+    assert "nobody" not in capsys.readouterr().out
+    (folder / "nor_this.py").touch()
+    start.install(tmp_path)  # all is there from the last time
+    assert capsys.readouterr().out == "" and len(seen) == 2
 
 
 def test_a_library_of_a_toolkit_is_found(tmp_path):
