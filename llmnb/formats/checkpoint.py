@@ -186,9 +186,9 @@ class Opened(NamedTuple):
 
         params: a mapping from llm.c's names to arrays in the shapes of
         parameter_shapes(cfg), float32 or float64, as `GPT2.params`. Raises
-        KeyError, ValueError or TypeError when they do not fit the file, before any is
-        written to, and ValueError when the file ends early after all, does
-        not match its checksum, or when a weight is not finite.
+        KeyError, ValueError or TypeError when they do not fit the file, before
+        any is written to, and ValueError when the file ends early after all,
+        does not match its checksum, or when a weight is not finite.
         """
         ours = {}
         for name, shape in parameter_shapes(self.cfg).items():

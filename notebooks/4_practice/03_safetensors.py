@@ -111,8 +111,8 @@ def write_tensors(path, tensors, metadata=None):
     tensors: a mapping from name to array, of any shape and a dtype in
     `DTYPES`, or TypeError is raised. metadata: a mapping from str to str.
     A checksum of each array goes with them; ValueError when all that takes
-    more than 8 MiB, and for a name that the format or the sums have. No more than one array is copied at a time. The file
-    appears whole or not at all.
+    more than 8 MiB, and for a name that the format or the sums have. No more
+    than one array is copied at a time. The file appears whole or not at all.
     """
     note, table, at = dict(metadata or {}), {}, 0
     _check_words(tensors, note)
