@@ -665,8 +665,8 @@ def write_model(path, cfg, params, precision="fp32"):
     Hugging Face's layout for a name that ends in .safetensors, float32 only;
     else llm.c's .bin, with precision "fp32" version 3, with "bf16" version
     5, half as long, which holds GPT-2 only. params: a mapping from llm.c's
-    names to arrays. Raises ValueError for a precision that the format lacks, and
-    for the name of a file that open_model would take for another format.
+    names to arrays. Raises ValueError for a precision that the format lacks,
+    and for the name of a file that open_model would take for another format.
     """
     if str(path).endswith((".json", ".gguf")):
         raise ValueError(
