@@ -507,7 +507,7 @@ def attention_forward(out, lse, inp, work=None, bf16=False):
 def look_of(hs, window=None, scale=None, softcap=None):
     """The Look of a rule, as a plain tuple."""
     scale = 1 / math.sqrt(hs) if scale is None else scale
-    return window or FOREVER, float(scale), float(softcap or 0)
+    return int(window or FOREVER), float(scale), float(softcap or 0)
 
 
 def prepared(layer, arrays, rule, work, bf16):
