@@ -326,7 +326,7 @@ def test_tensors_that_make_no_gpt2(folder, name, x, says):
     ("n_layer", 3, "n_layer is 3, where model.safetensors has 2"),
     ("vocab_size", 256, "vocab_size is 256, where .* has 131"),
     ("model_type", "mamba", "model_type is 'mamba', where known are gpt2"),
-    ("model_type", "llama", "has no tensor model.embed_tokens.weight"),
+    ("model_type", "llama", "config.json: lacks max_position_embeddings"),
     ("layer_norm_epsilon", 1e-6, "layer_norm_epsilon is 1e-06"),
     ("scale_attn_by_inverse_layer_idx", True, "is True, where"),
     ("activation_function", ["relu"], "is .'relu'., where"),
