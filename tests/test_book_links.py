@@ -272,8 +272,8 @@ CARDS = (
      "mjx-container"),
     (LAYERNORM, 'a[href="#fig-1-6-4"]', "Figure 1.6.4. LayerNorm with three",
      "img, svg"),
-    (LAYERNORM, 'article p a[href="01_learns.html"]',
-     "1.1 A model that learns", "p"),
+    (LAYERNORM, 'article p a[href="05_encoder.html"]',
+     "1.5 Encoder", "p"),
     (LEARNS, "article a[href*='#term-']", "", ".card-text"),
     (ATTENTION, "a.api-name[href*='attention']", None, ".card-code"),
 )  # fmt: skip
@@ -321,8 +321,8 @@ def test_comments_in_code_link_to_equations(visit):
 def test_a_tap_follows_the_link(browser, address):
     with Visit(browser, address, 390, has_touch=True) as visit:
         page = visit.open(LAYERNORM)
-        page.locator("article p a[href='01_learns.html']").first.tap()
-        page.wait_for_url("**/01_learns.html")
+        page.locator("article p a[href='05_encoder.html']").first.tap()
+        page.wait_for_url("**/05_encoder.html")
         assert page.locator(CARD).count() == 0
 
 
