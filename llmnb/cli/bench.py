@@ -19,7 +19,8 @@ from llmnb.bench.report import bars_figure, layers_figure, report
 from llmnb.cli.options import GroupOptions, ThreadOptions, fields_of
 from llmnb.cli.options import set_threads, some_of
 from llmnb.config import GPT2Config
-from llmnb.files import replacing, write_whole
+from llmnb.files import write_whole
+from llmnb.train.drawing import save_figure
 from llmnb.train.group import ALONE
 from llmnb.train.options import DataOptions, ModelOptions, TrainConfig
 from llmnb.train.options import option
@@ -75,7 +76,7 @@ class BenchOptions:
         0, "of a group: tokens in an update; 0: one batch for each rank"
     )
     json: str = option(None, "write all numbers; - prints them", **FILE)
-    plot: str = option(None, "draw where the time goes, as a PNG", **FILE)
+    plot: str = option(None, "draw where the time goes", **FILE)
 
 
 OPTIONS = {
@@ -116,12 +117,8 @@ def _run(args, group):
     if group.first:
         _keep(args, result)
     if args.plot:
-        from matplotlib import style
-
         steps = "step" in [x["kind"] for x in result["contests"]]
-        with style.context("default"), replacing(args.plot) as file:
-            draw = layers_figure if steps else bars_figure
-            draw(result).savefig(file, format="png")
+        save_figure(args.plot, layers_figure if steps else bars_figure, result)
 
 
 def _json(args, result):

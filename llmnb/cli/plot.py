@@ -8,10 +8,8 @@ __all__ = ["OPTIONS", "PlotOptions", "run"]
 # llmnb plot
 from dataclasses import dataclass, fields
 
-from matplotlib import style
-
 from llmnb.cli.options import say
-from llmnb.files import replacing
+from llmnb.train.drawing import save_figure
 from llmnb.train.options import option
 from llmnb.train.watch import compare_runs, read_log, run_table
 
@@ -27,7 +25,7 @@ class PlotOptions:
         None, "a run folder or a log.csv",
         positional=True, nargs="+", metavar="RUN",
     )  # fmt: skip
-    out: str = option("runs.png", "the picture, a PNG", metavar="FILE")
+    out: str = option("runs.png", "a .png, .pdf or .svg", metavar="FILE")
     window: int = option(20, "steps in a running mean")
 
 
@@ -44,6 +42,5 @@ def run(args):
     """
     logs = {path: read_log(path) for path in args.runs}
     print(*run_table(logs), sep="\n")
-    with style.context("default"), replacing(args.out) as file:
-        compare_runs(logs, args.window).savefig(file, format="png")
+    save_figure(args.out, compare_runs, logs, args.window)
     say("wrote", args.out)

@@ -2,10 +2,12 @@
 
 """The losses of a run, drawn and saved as a figure."""
 
-__all__ = ["draw_losses", "save_figure", "smooth"]
+__all__ = ["draw_losses", "loss_figure", "save_figure", "smooth"]
 
 
 # imports of drawing
+import os
+
 import numpy as np
 
 from llmnb.files import replacing
@@ -67,17 +69,29 @@ def draw_losses(ax, steps, landmarks):
 
 
 # the figure
-def save_figure(path, steps, landmarks):
-    """Write the loss curves of a run as PNG, needing no display.
+def loss_figure(steps, landmarks):
+    """A matplotlib Figure of a run's losses; see `draw_losses`.
 
-    The user's own settings of matplotlib, such as fonts, are left aside.
+    Derived in chapter 4.14.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), dpi=100, layout="tight")
+    draw_losses(figure.subplots(), steps, landmarks)
+    return figure
+
+
+def save_figure(path, draw, *data):
+    """Write the Figure that `draw(*data)` makes, needing no display.
+
+    path: its ending names the kind, such as .png, .pdf or .svg; without one
+    it is a PNG. The user's own settings of matplotlib, such as fonts, are
+    left aside. Raises ValueError for a kind that matplotlib does not write.
 
     Derived in chapter 4.14.
     """
     from matplotlib import style
-    from matplotlib.figure import Figure
 
+    kind = os.path.splitext(path)[1][1:] or "png"
     with style.context("default"), replacing(path) as file:
-        figure = Figure(figsize=(8, 4.5), dpi=100, layout="tight")
-        draw_losses(figure.subplots(), steps, landmarks)
-        figure.savefig(file, format="png")
+        draw(*data).savefig(file, format=kind)

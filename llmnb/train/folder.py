@@ -22,7 +22,7 @@ from llmnb.files import read_json, write_whole
 from llmnb.formats.vocabulary import keep_encoding, open_encoding
 from llmnb.model.gpt2 import GPT2
 from llmnb.timing import machine
-from llmnb.train.drawing import save_figure
+from llmnb.train.drawing import loss_figure, save_figure
 from llmnb.train.feed import landmarks
 from llmnb.train.loop import Step
 from llmnb.train.options import TrainConfig
@@ -96,7 +96,7 @@ def save_run(folder, config, model, data, steps):
     with sparing(folder / "log.csv"):
         write_log(folder / "log.csv", steps)
     with sparing(folder / "loss.png"):
-        save_figure(folder / "loss.png", steps, marks)
+        save_figure(folder / "loss.png", loss_figure, steps, marks)
 
 
 # what a run was

@@ -52,6 +52,7 @@ from llmnb.book.verify import verdict
 # %% imports of options tags=["export"]
 import math
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 
 import numpy as np
@@ -218,6 +219,8 @@ def _of_kind(name, value, kind):
         value = os.fspath(value)
     if kind is tuple:
         many = (value,) if isinstance(value, str) else value  # not letters
+        if isinstance(many, bytes) or not isinstance(many, Iterable):
+            raise TypeError(f"{name} must be names of texts, got {value!r}")
         return tuple(_of_kind(name, x, str) for x in many)
     if type(value) not in ((int, float) if kind is float else (kind,)):
         raise TypeError(f"{name} must be {kind.__name__}, got {value!r}")

@@ -62,6 +62,8 @@ V, marks = data.encoding.n_vocab, landmarks(config, data)
 # so its steps are averaged like its values.
 
 # %% imports of drawing tags=["export"] module="train.drawing"
+import os
+
 import numpy as np
 
 from llmnb.files import replacing
@@ -124,18 +126,27 @@ def draw_losses(ax, steps, landmarks):
 
 
 # %% the figure tags=["export"] module="train.drawing"
-def save_figure(path, steps, landmarks):
-    """Write the loss curves of a run as PNG, needing no display.
-
-    The user's own settings of matplotlib, such as fonts, are left aside.
-    """
-    from matplotlib import style
+def loss_figure(steps, landmarks):
+    """A matplotlib Figure of a run's losses; see `draw_losses`."""
     from matplotlib.figure import Figure
 
+    figure = Figure(figsize=(8, 4.5), dpi=100, layout="tight")
+    draw_losses(figure.subplots(), steps, landmarks)
+    return figure
+
+
+def save_figure(path, draw, *data):
+    """Write the Figure that `draw(*data)` makes, needing no display.
+
+    path: its ending names the kind, such as .png, .pdf or .svg; without one
+    it is a PNG. The user's own settings of matplotlib, such as fonts, are
+    left aside. Raises ValueError for a kind that matplotlib does not write.
+    """
+    from matplotlib import style
+
+    kind = os.path.splitext(path)[1][1:] or "png"
     with style.context("default"), replacing(path) as file:
-        figure = Figure(figsize=(8, 4.5), dpi=100, layout="tight")
-        draw_losses(figure.subplots(), steps, landmarks)
-        figure.savefig(file, format="png")
+        draw(*data).savefig(file, format=kind)
 
 
 # %% [markdown]
@@ -285,7 +296,7 @@ from llmnb.files import read_json, write_whole
 from llmnb.formats.vocabulary import keep_encoding, open_encoding
 from llmnb.model.gpt2 import GPT2
 from llmnb.timing import machine
-from llmnb.train.drawing import save_figure
+from llmnb.train.drawing import loss_figure, save_figure
 from llmnb.train.feed import landmarks
 from llmnb.train.loop import Step
 from llmnb.train.options import TrainConfig
@@ -343,7 +354,7 @@ def save_run(folder, config, model, data, steps):
     with sparing(folder / "log.csv"):
         write_log(folder / "log.csv", steps)
     with sparing(folder / "loss.png"):
-        save_figure(folder / "loss.png", steps, marks)
+        save_figure(folder / "loss.png", loss_figure, steps, marks)
 
 
 # %% what a run was tags=["export"]

@@ -194,7 +194,7 @@ from pathlib import Path
 
 from llmnb.files import BESIDE, Lock
 from llmnb.formats.vocabulary import KEPT, TOKENIZER_FILES, tokenizer_beside
-from llmnb.train.drawing import save_figure
+from llmnb.train.drawing import loss_figure, save_figure
 from llmnb.train.feed import landmarks, loaders, prepare
 from llmnb.train.folder import (
     save_model,
@@ -492,7 +492,8 @@ def finish(run):
         steps = read_steps(log)
         write_log(log, steps)
     with sparing(figure):
-        save_figure(figure, steps, landmarks(run.config, run.data))
+        marks = landmarks(run.config, run.data)
+        save_figure(figure, loss_figure, steps, marks)
     run.lock.release()
     return steps
 

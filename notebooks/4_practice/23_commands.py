@@ -361,10 +361,8 @@ def main(argv=None):
 # %% llmnb plot tags=["export"] module="cli.plot"
 from dataclasses import dataclass, fields
 
-from matplotlib import style
-
 from llmnb.cli.options import say
-from llmnb.files import replacing
+from llmnb.train.drawing import save_figure
 from llmnb.train.options import option
 from llmnb.train.watch import compare_runs, read_log, run_table
 
@@ -377,7 +375,7 @@ class PlotOptions:
         None, "a run folder or a log.csv",
         positional=True, nargs="+", metavar="RUN",
     )  # fmt: skip
-    out: str = option("runs.png", "the picture, a PNG", metavar="FILE")
+    out: str = option("runs.png", "a .png, .pdf or .svg", metavar="FILE")
     window: int = option(20, "steps in a running mean")
 
 
@@ -392,8 +390,7 @@ def run(args):
     """
     logs = {path: read_log(path) for path in args.runs}
     print(*run_table(logs), sep="\n")
-    with style.context("default"), replacing(args.out) as file:
-        compare_runs(logs, args.window).savefig(file, format="png")
+    save_figure(args.out, compare_runs, logs, args.window)
     say("wrote", args.out)
 
 

@@ -108,6 +108,8 @@ def test_config(tmp_path):
     ({"learning_rate": None}, "learning_rate must be float, got None"),
     ({"tokenizer": b"gpt2"}, "tokenizer must be str, got b'gpt2'"),
     ({"corpus": ["a", 3]}, "corpus must be str, got 3"),
+    ({"corpus": 3}, "corpus must be names of texts, got 3"),
+    ({"corpus": b"a"}, "corpus must be names of texts, got b'a'"),
 ])  # fmt: skip
 def test_config_refuses_another_kind(wrong, message):
     """A run of it could not be read back."""

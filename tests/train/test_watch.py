@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from llmnb.bench.report import layers_figure
-from llmnb.train.drawing import save_figure, smooth
+from llmnb.train.drawing import loss_figure, save_figure, smooth
 from llmnb.train.loop import Step
 from llmnb.train.watch import Board, compare_runs, read_log, run_table
 
@@ -113,10 +113,17 @@ def test_the_command(log, llmnb):
         with matplotlib.rc_context(own):
             _, text, _ = llmnb("plot", log, run, "--out", out)
             seen.append(out.read_bytes())
-            save_figure(out, steps, {"$a_^$": 5.0})
+            save_figure(out, loss_figure, steps, {"$a_^$": 5.0})
             seen.append(out.read_bytes())
     assert seen[:2] == seen[2:] and seen[0][:4] == b"\x89PNG"
     assert "6.4000" in text and "price$5_^$" in text
+    for kind, begin in (("pdf", b"%PDF"), ("svg", b"<?xml")):
+        out = out.with_suffix("." + kind)
+        assert llmnb("plot", log, "--out", out)[0] == 0
+        assert out.read_bytes().startswith(begin)
+    code, _, err = llmnb("plot", log, "--out", log.parent / "x.doc")
+    assert code == 1 and "Format 'doc' is not supported" in err
+    assert err.count("\n") == 1 and not (log.parent / "x.doc").exists()
     for text, why in (
         (LOG + "4," + "6" * 140_000 + ",,,,\n", "line 6: must have at most"),
         ("no log", "the first line must name the columns"),
