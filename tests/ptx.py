@@ -38,7 +38,8 @@ class Fault(RuntimeError):
 
 def flushed(x):
     """Numbers too small to be normal become 0, as `ftz` says."""
-    return np.where(np.abs(x) < np.float32(2**-126), x * np.float32(0), x)
+    small = np.abs(x) < np.float32(2**-126)
+    return np.where(small, x * np.float32(0), x) if small.any() else x
 
 
 def fused(a, b, c):

@@ -216,11 +216,12 @@ def _writer(hs, rest=False):
 @device
 def _finish(lse, at, top, total, t, T):
     """Write (2.5.2) for rows t and t + 8; total becomes its inverse."""
+    for half in range(2):  # both before lanes part: they have to meet for it
+        total[half] = warp_sum(total[half], 4)
     for half in range(2):
-        whole = warp_sum(total[half], 4)
-        total[half] = np.float32(1) / whole
         if (cuda.laneid & 3) == 0 and t + 8 * half < T:
-            lse[at + t + 8 * half] = top[half] + math.log(whole)
+            lse[at + t + 8 * half] = top[half] + math.log(total[half])
+        total[half] = np.float32(1) / total[half]
 
 
 # %% queries in registers, and their scores tags=["exporti"]
