@@ -94,7 +94,7 @@ def half(x):
 
 
 SAME = {  # operands and result are of the instruction's last kind
-    "mov": lambda a: a, "cvta": lambda a: a, "ld": lambda a: a,
+    "cvta": lambda a: a,  # a place in global memory is its address
     "add": np.add, "sub": np.subtract, "neg": np.negative, "abs": np.abs,
     "mul": np.multiply, "mul.lo": np.multiply, "mul.hi": high,
     "div": quotient, "rem": lambda a, b: a - quotient(a, b) * b,
@@ -242,10 +242,9 @@ class Block:
                 self.registers[f"%{name}.{axis}"] = value.astype(np.uint32)
         for kind, name, number in program.registers:
             for i in range(int(number)):
-                bad = np.full(count, 1, KINDS[kind])
-                self.registers[f"{name}{i}"] = bad
+                self.registers[f"{name}{i}"] = np.ones(count, KINDS[kind])
         room = np.full(-(-program.nbytes // 4), POISON)
-        self.shared = Memory([room[: max(1, len(room))]], base=0)
+        self.shared = Memory([room], base=0)
         self.copies = {}  # by thread: groups of (place, 16 bytes) under way
 
     # registers
@@ -255,11 +254,8 @@ class Block:
         want = np.dtype(KINDS[kind])
         if text in self.registers:
             found = self.registers[text][who]
-            return (
-                found.view(want)
-                if found.itemsize == want.itemsize
-                else (found.astype(want))
-            )
+            same = found.itemsize == want.itemsize
+            return found.view(want) if same else found.astype(want)
         if text in self.program.shared:
             bits = self.program.shared[text]
         else:
@@ -322,29 +318,33 @@ class Block:
     def meet(self, who):
         """Do what a group waits for, if all are there; whether it was."""
         numbers, one = self.at[who], self.program.instructions[self.at[who[0]]]
-        if repr(one) != "bar.sync":
-            mask = (
-                np.full(len(who), 0xFFFFFFFF, np.uint32)
-                if one.name in ("mma", "ldmatrix")
-                else self.each(numbers, who, lambda x: (x.operands[-1], "u32"))
-            )
-            lanes = np.flatnonzero(mask[0] >> np.arange(32) & 1)
-            lanes = lanes + 32 * self.warp[who[0]]
-            lanes = lanes[lanes < len(self.at)]
-            if (self.at[lanes] < 0).any() or (mask != mask[0]).any():
-                raise Fault(f"{one}: a lane has ended, or has another mask")
-            if len(lanes) != len(who):
-                return False
+        if repr(one) != "bar.sync" and not self.are_all(one, numbers, who):
+            return False
         self.at[who] = numbers + 1
-        if one.name == "shfl":
-            self.shuffle(one, numbers, who)
-        elif one.name == "vote":
+        if one.name == "vote":
             ballot = self.each(numbers, who, lambda x: (x.operands[1], "pred"))
             bits = np.uint32(sum(1 << int(i) % 32 for i in who[ballot]))
             self.spread(numbers, who, np.full(len(who), bits))
+        elif one.name == "shfl":
+            self.shuffle(one, numbers, who)
         elif one.name != "bar":
             getattr(self, one.name)(one, who)
         return True
+
+    def are_all(self, one, numbers, who):
+        """Whether all lanes of a warp are there that an instruction names."""
+        lanes = np.flatnonzero(self.warp == self.warp[who[0]])
+        if one.name in ("mma", "ldmatrix"):
+            if len(lanes) < 32:
+                raise Fault(f"{one} wants a whole warp")
+        else:
+            last = self.each(numbers, who, lambda x: (x.operands[-1], "u32"))
+            if (last != last[0]).any():
+                raise Fault(f"{one}: lanes name different masks")
+            lanes = lanes[last[0] >> lanes % 32 & 1 == 1]
+        if (self.at[lanes] < 0).any():
+            raise Fault(f"{one}: a lane has ended")
+        return len(lanes) == len(who)
 
     # what threads of a warp do with each other: at one instruction, or at
     # several of one kind, which meet
@@ -380,8 +380,9 @@ class Block:
         self.spread(numbers, who, value[other])
 
     def ldmatrix(self, one, who):
-        """Four matrices of 8 by 8 numbers of 16 bits: (8.4) of the ISA."""
-        rows = self.shared.load(self.address(one.operands[1], who), "u8", 2)
+        """Four matrices of 8 by 8 numbers of 16 bits, a row from each lane."""
+        places = self.address(one.operands[1], who)
+        rows = self.shared.load(places, np.uint64, 2)
         rows = rows.T.copy().view(np.uint16).reshape(4, 8, 8)
         if "trans" in one.parts:
             rows = rows.transpose(0, 2, 1)
@@ -424,8 +425,7 @@ class Block:
         """An instruction whose operands and result are of one kind."""
         kind, name = one.kind, one.name
         detail = f"{name}.{one.parts[0]}"
-        table = SINGLE | SAME if kind == "f32" else SAME
-        table = SAME | SINGLE if kind == "f32" else table
+        table = SAME | SINGLE if kind == "f32" else SAME
         function = table.get(detail) or table.get(name)
         if function is None:
             raise Fault(f"{one} is not known")
@@ -477,7 +477,8 @@ class Block:
 
     def do_mul(self, one, who):
         if one.parts[0] != "wide":
-            return self.compute(one, who)
+            self.compute(one, who)
+            return
         wide = np.int64 if one.kind == "s32" else np.uint64
         x, y = (self.read(x, one.kind, who) for x in one.operands[1:])
         self.write(one.operands[0], x.astype(wide) * y.astype(wide), who)
@@ -491,8 +492,9 @@ class Block:
         self.do_shl(one, who, np.right_shift)
 
     def do_popc(self, one, who):
-        bits = np.bitwise_count(self.read(one.operands[1], one.kind, who))
-        self.write(one.operands[0], bits.astype(np.uint32), who)
+        values = self.read(one.operands[1], one.kind, who).tolist()
+        bits = np.array([x.bit_count() for x in values], np.uint32)
+        self.write(one.operands[0], bits, who)
 
     def do_bfi(self, one, who):
         name, a, b, start, length = one.operands
@@ -504,7 +506,8 @@ class Block:
         if one.parts[0] == "param":
             name = one.operands[1].strip("[]")
             value = self.values[self.program.parameters.index(name)]
-            return self.write(names[0], np.full(len(who), value), who)
+            self.write(names[0], np.full(len(who), value), who)
+            return
         memory = self.shared if one.parts[0] == "shared" else self.memory
         at = self.address(one.operands[1], who)
         found = memory.load(at, KINDS[one.kind], len(names))
@@ -530,17 +533,13 @@ class Block:
 
     def do_cp(self, one, who):
         """Copies that go on beside the program, until they are waited for."""
-        what = one.parts[1]
-        if what in ("commit_group", "wait_group"):
+        if one.kind in ("commit_group", "wait_group"):
             for thread in who:
                 groups = self.copies.setdefault(thread, [[]])
-                if what == "commit_group":
+                if one.kind == "commit_group":
                     groups.append([])
-                    continue
-                stay = int(one.operands[0]) + 1  # and the one not committed
-                while len(groups) > stay:
-                    for place, data in groups.pop(0):
-                        self.shared.store(place, data)
+                else:
+                    self.settle(groups, int(one.operands[0]))
             return
         to, source, size, given = one.operands
         to, source = self.address(to, who), self.address(source, who)
@@ -554,6 +553,12 @@ class Block:
         for thread, place, row in zip(who, to, data, strict=True):
             groups = self.copies.setdefault(thread, [[]])
             groups[-1].append((np.array([place]), row[:, None]))
+
+    def settle(self, groups, stay):
+        """Finish copies but those of the last groups, and of the open one."""
+        while len(groups) > stay + 1:
+            for place, data in groups.pop(0):
+                self.shared.store(place, data)
 
 
 # a launch

@@ -274,7 +274,8 @@ def gpu_facts():
 # Nothing yet: no GPU has run the kernels of this book. They have been compiled
 # for two generations of GPUs, run in the simulator, and counted there; every
 # version of every layer, with these counts, stands in
-# [chapter A.7](../appendix/07_ladders.ipynb). On a machine with a GPU
+# [chapter A.7](../appendix/07_ladders.ipynb). The tests run what they compile
+# into, too, but on a CPU, an instruction at a time. On a machine with a GPU
 # `make gpu` checks every gradient of a model in bfloat16, float32 and TF32
 # against float64, and measures the products and attention on tensor cores of
 # chapters 3.14 and 3.15, the step, PyTorch's, and every version of every layer

@@ -643,6 +643,12 @@ except TypeError as error:
 # optimisation*; it does so unless told otherwise, and what comes out has other
 # registers and less of fastmath in it. So `kernel` says `lto=False`, and
 # what follows asks the object that a launch would make.
+#
+# PTX is text, and can be run without a GPU as well. `tests/ptx.py` reads it and
+# does each instruction in NumPy for the threads that are there, as the manual
+# of the instructions says. With it the tests run every layer of the model, and
+# steps of a GPT-2 and of a Llama, from the code that a GPU would be given: not
+# from the Python that the simulator knows.
 
 # %% imports of the compiler tags=["export"] module="gpu.ptx"
 import functools

@@ -1,6 +1,6 @@
-"""The code of kernels, interpreted: what a GPU would run, and the simulator not.
+"""The code of kernels, interpreted: what a GPU runs, and no simulator does.
 
-Without a GPU; with one, the layers' own tests run that code on it.
+With a GPU there, the layers' own tests run it.
 """
 
 import gpu
@@ -15,7 +15,7 @@ from ptx import Fault, compiled_code
 
 from llmnb import GPT2, GPT2Config, LlamaConfig
 from llmnb.bench.ladders import LADDERS
-from llmnb.gpu.launch import empty, kernel, simulated, to_host
+from llmnb.gpu.launch import empty, kernel, to_host
 from llmnb.gpu.simulator import cuda, load4, store4
 
 pytestmark = pytest.mark.skipif(not gpu.SIMULATED, reason="there is a GPU")
