@@ -105,7 +105,7 @@ def attention_forward(out, lse, inp):
     heads = count_heads("attention_forward", out, lse, inp)
     q, k, v = split_qkv(inp, heads)
     scores = masked_scores(q, k)
-    top = scores.max(axis=-1)
+    top = scores.max(axis=-1, initial=-np.inf)
     total = top + np.log(np.exp(scores - top[..., None]).sum(axis=-1))
     att = np.exp(scores - total[..., None])
     split_heads(out, heads.NKV, heads.hs)[...] = att @ v

@@ -72,7 +72,7 @@ def local_attention_forward(
     rule = check_rule(layer, window, scale, softcap)
     q, k, v = split_qkv(inp, heads)
     scores, _ = _local_scores(q, k, *rule)
-    top = scores.max(axis=-1)
+    top = scores.max(axis=-1, initial=-np.inf)
     total = top + np.log(np.exp(scores - top[..., None]).sum(axis=-1))
     att = np.exp(scores - total[..., None])
     split_heads(out, heads.NKV, heads.hs)[...] = att @ v

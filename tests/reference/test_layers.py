@@ -96,6 +96,17 @@ def test_a_batch_of_no_rows_adds_nothing(layer):
             np.testing.assert_array_equal(given_to[name], p[name], name)
 
 
+@pytest.mark.parametrize(
+    "layer", [x for x in LAYERS if "T" in x.most], ids=lambda x: x.name
+)
+@BACKENDS
+def test_texts_of_no_tokens_add_nothing(layer, backend):
+    sizes = {k: n if isinstance(n, int) else 3 for k, n in layer.most.items()}
+    p = problem(layer, np.float32, sizes | {"T": 0})
+    for name, x in results(layer, passed(layer, backend, p)).items():
+        np.testing.assert_array_equal(x, p[name], name)
+
+
 @EACH
 @pytest.mark.parametrize("dtype", (np.float32, np.float64))
 @drawn
