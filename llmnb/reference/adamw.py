@@ -63,7 +63,8 @@ class AdamW(NamedTuple):
         """
         for key, limit in ADAMW_LIMITS.items():
             check_number(f"{name}: {key}", getattr(self, key), limit)
-        rate, beta1, beta2, eps, decay, step = self
+        # NumPy's numbers would widen the arrays that they multiply
+        rate, beta1, beta2, eps, decay, step = map(float, self)
         keep, root = 1 - rate * decay, math.sqrt(1 - beta2**step)
         size = rate / (1 - beta1**step)
         return Factors(keep, 1 - beta1, beta2, 1 - beta2, root, eps, size)
@@ -120,7 +121,7 @@ def clip_gradients(grads, max_norm):
     Derived in chapter 1.12.
     """
     norm = global_norm(grads)
-    scale = max_norm / (norm + 1e-6)
+    scale = float(max_norm) / (norm + 1e-6)
     if math.isfinite(norm) and scale < 1:
         grads *= scale
     return norm

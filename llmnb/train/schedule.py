@@ -27,7 +27,7 @@ def learning_rate(step, peak, warmup, total, kind="cosine", final=0.0):
     if step < warmup:
         return peak * (step + 1) / warmup
     start = max(warmup, int(0.8 * total)) if kind == "wsd" else warmup
-    u = min(1, max(0, step - start) / max(1, total - start))
+    u = min(1, (max(step, start) - start) / max(1, total - start))
     left = {
         "cosine": (1 + math.cos(math.pi * u)) / 2,
         "linear": 1 - u,

@@ -367,7 +367,8 @@ class AdamW(NamedTuple):
         """
         for key, limit in ADAMW_LIMITS.items():
             check_number(f"{name}: {key}", getattr(self, key), limit)
-        rate, beta1, beta2, eps, decay, step = self
+        # NumPy's numbers would widen the arrays that they multiply
+        rate, beta1, beta2, eps, decay, step = map(float, self)
         keep, root = 1 - rate * decay, math.sqrt(1 - beta2**step)
         size = rate / (1 - beta1**step)
         return Factors(keep, 1 - beta1, beta2, 1 - beta2, root, eps, size)
@@ -458,7 +459,7 @@ def learning_rate(step, peak, warmup, total, kind="cosine", final=0.0):
     if step < warmup:
         return peak * (step + 1) / warmup
     start = max(warmup, int(0.8 * total)) if kind == "wsd" else warmup
-    u = min(1, max(0, step - start) / max(1, total - start))
+    u = min(1, (max(step, start) - start) / max(1, total - start))
     left = {
         "cosine": (1 + math.cos(math.pi * u)) / 2,
         "linear": 1 - u,
@@ -542,7 +543,7 @@ def clip_gradients(grads, max_norm):
     max_norm is positive.
     """
     norm = global_norm(grads)
-    scale = max_norm / (norm + 1e-6)
+    scale = float(max_norm) / (norm + 1e-6)
     if math.isfinite(norm) and scale < 1:
         grads *= scale
     return norm

@@ -103,6 +103,20 @@ def test_threads_change_no_bit(dtype, n):
 
 
 @BACKENDS
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_numbers_of_numpy_change_no_bit(backend, dtype):
+    start = np.random.default_rng(6).uniform(0.1, 2, (4, 500)).astype(dtype)
+    plain, found = start.copy(), start.copy()
+    backend.adamw_update(*plain, AdamW(*NUMBERS, 3))
+    backend.adamw_update(*found, AdamW(*map(np.float64, NUMBERS), np.uint8(3)))
+    assert np.array_equal(found, plain)
+    for most in 1, 1.25:
+        backend.clip_gradients(plain[0], most)
+        backend.clip_gradients(found[0], np.float64(most))
+        assert np.array_equal(found, plain)
+
+
+@BACKENDS
 @pytest.mark.parametrize(
     ("position", "value", "message"),
     [

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -51,6 +52,15 @@ def test_shape(kind, warmup, rest, final):
         end = 0.5 if kind == "constant" else 0.5 * final
         assert rates[total] == pytest.approx(end)
         assert rates[total + 2] == rates[total]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint64, np.int32])
+def test_steps_may_be_numbers_of_numpy(kind, dtype):
+    """Those without a sign, too: 3 - 5 is a large one."""
+    plain = [learning_rate(s, 0.5, 3, 40, kind, 0.1) for s in range(44)]
+    steps = np.arange(44, dtype=dtype)
+    assert [learning_rate(s, 0.5, 3, 40, kind, 0.1) for s in steps] == plain
 
 
 @pytest.mark.parametrize(("change", "message"), [
