@@ -317,48 +317,51 @@ class _Epochs:
             key = key and [*key, k]
             _fill_order(self.window_order[: self.windows[k]], key)
             self.tokens = _open(self.shards[k], self.seq_len)
-            self.entered = epoch, shard
             self.batches = self.windows[k] // self.batch_size
+            self.entered = epoch, shard  # last, when all else is there
         return self.batches
 
 
 # %% a place that can be read and set tags=["exporti", "hide-input"]
+PLACE = "epoch", "shard", "position"
+
+
 class _Bookmark:
     """Where a loader stands among its epochs."""
 
     def reset(self):
         """Go back to the first batch of epoch 0."""
-        self._place = {"epoch": 0, "shard": 0, "position": 0}
+        self._place = 0, 0, 0
 
     def skip(self, count=1):
         """Move on by so many batches, unread."""
-        place = self._place
         for _ in range(count):
-            batches = self._epochs.enter(place["epoch"], place["shard"])
-            place["position"] += 1
-            if place["position"] == batches:
-                place["position"], place["shard"] = 0, place["shard"] + 1
-            if place["shard"] == len(self._epochs.shards):
-                place["shard"], place["epoch"] = 0, place["epoch"] + 1
+            epoch, shard, position = self._place
+            position += 1
+            if position == self._epochs.enter(epoch, shard):
+                position, shard = 0, shard + 1
+            if shard == len(self._epochs.shards):
+                shard, epoch = 0, epoch + 1
+            self._place = epoch, shard, position  # at once, or not at all
 
     @property
     def state(self):
         """Place of the next batch: epoch, shard of it, batch of that."""
-        return dict(self._place)
+        return dict(zip(PLACE, self._place, strict=True))
 
     @state.setter
     def state(self, state):
-        if set(state) != {"epoch", "shard", "position"}:
+        if set(state) != set(PLACE):
             raise ValueError(
                 f"DataLoader: state must have epoch, shard and position, "
                 f"got {sorted(state)}"
             )
-        epoch, shard = state["epoch"], state["shard"]
+        epoch, shard, position = (state[name] for name in PLACE)
         check_int("DataLoader: epoch", epoch, 0, 2**32)
         check_int("DataLoader: shard", shard, 0, len(self._epochs.shards))
         batches = self._epochs.enter(epoch, shard)
-        check_int("DataLoader: position", state["position"], 0, batches)
-        self._place = {name: int(value) for name, value in state.items()}
+        check_int("DataLoader: position", position, 0, batches)
+        self._place = int(epoch), int(shard), int(position)
 
 
 # %% the data loader tags=["export"]
@@ -383,11 +386,12 @@ class DataLoader(_Bookmark):
         check_int("DataLoader: batch_size", batch_size, 1, 2**31)
         check_int("DataLoader: seq_len", seq_len, 1, 2**31)
         check_int("DataLoader: seed", seed, 0, 2**32)
-        self._epochs = _Epochs(shards, batch_size, seq_len, seed, shuffle)
+        B, T = int(batch_size), int(seq_len)  # NumPy's, of 8 bits, overflow
+        self._epochs = _Epochs(shards, B, T, seed, shuffle)
         self.shards, windows = self._epochs.shards, self._epochs.windows
-        self.batches_per_epoch = sum(w // batch_size for w in windows)
-        self._tokens = np.empty((batch_size, seq_len), np.int32)
-        self._targets = np.empty((batch_size, seq_len), np.int32)
+        self.batches_per_epoch = sum(w // B for w in windows)
+        self._tokens = np.empty((B, T), np.int32)
+        self._targets = np.empty((B, T), np.int32)
         self.reset()
 
     def next_batch(self):
@@ -396,9 +400,9 @@ class DataLoader(_Bookmark):
         Both arrays are the loader's own and are overwritten by the next
         call: nothing is allocated at a step. Copy what you want to keep.
         """
-        place, (B, T) = self._place, self._tokens.shape
-        self._epochs.enter(place["epoch"], place["shard"])
-        first = place["position"] * B
+        (epoch, shard, position), (B, T) = self._place, self._tokens.shape
+        self._epochs.enter(epoch, shard)
+        first = position * B
         for b, j in enumerate(self._epochs.window_order[first : first + B]):
             window = self._epochs.tokens[j * T : j * T + T + 1]
             self._tokens[b] = window[:-1]  # (1.3.1)

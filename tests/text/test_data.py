@@ -1,6 +1,7 @@
 """The data loader."""
 
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from measure import peak
 from processes import python
 
 from llmnb.formats.shard import write_shard
+from llmnb.text import data
 from llmnb.text.data import DataLoader, split
 
 QUICK = settings(max_examples=25, deadline=None, derandomize=True)
@@ -82,6 +84,16 @@ def test_shuffle_is_the_same_on_every_machine():
     got = [loader.next_batch()[0][:, 0].tolist() for _ in range(4)]
     assert got[:2] == [[25, 30, 20, 0], [15, 5, 35, 10]]
     assert got[2:] == [[35, 15, 5, 10], [0, 30, 25, 20]]
+
+
+def test_sizes_may_be_numbers_of_numpy():
+    loader = DataLoader([np.arange(2000)], np.uint8(20), np.uint8(30), seed=1)
+    plain = DataLoader([np.arange(2000)], 20, 30, seed=1)
+    assert type(loader.batches_per_epoch) is int
+    assert loader.batches_per_epoch == plain.batches_per_epoch == 3
+    for _ in range(7):
+        assert np.array_equal(loader.next_batch(), plain.next_batch())
+    assert loader.state == plain.state
 
 
 def test_shards_are_shuffled():
@@ -178,6 +190,47 @@ def test_bad_arguments(args, error, message):
 def test_the_largest_token_passes():
     loader = DataLoader([np.uint64([0, 2**31 - 1])], 1, 1)
     assert loader.next_batch()[1].tolist() == [[2**31 - 1]]
+
+
+def interrupted(loader, line):
+    """Ask for a batch, with Ctrl-C at so many lines of the loader's code."""
+    left = line
+
+    def watch(frame, event, _):
+        nonlocal left
+        if frame.f_code.co_filename != data.__file__:
+            return None
+        left -= event == "line"
+        if left < 0:
+            raise KeyboardInterrupt
+        return watch
+
+    sys.settrace(watch)
+    try:
+        loader.next_batch()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(None)
+    return False
+
+
+def test_an_interrupt_anywhere_leaves_a_place_that_is_whole():
+    """The batch is given again, or the one after it: none is made up."""
+    shards = [np.arange(13), np.arange(100, 131)]
+    plain = DataLoader(shards, 2, 3, seed=2)
+    wanted = [np.array(plain.next_batch()) for _ in range(20)]
+    for before in range(8):  # an epoch, and the borders of shards in it
+        stopped, line = True, 0
+        while stopped:
+            loader = DataLoader(shards, 2, 3, seed=2)
+            loader.skip(before)
+            stopped, line = interrupted(loader, line), line + 1
+            got = [np.array(loader.next_batch()) for _ in range(9)]
+            again = np.array_equal(got, wanted[before : before + 9])
+            after = np.array_equal(got, wanted[before + 1 : before + 10])
+            assert again or after, f"batch {before}, line {line}"
+        assert line > 20
 
 
 CUT = """
