@@ -36,7 +36,7 @@ class GPT2Config:
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            if not isinstance(value, int) or value < 1:
+            if type(value) is not int or value < 1:  # nor True
                 raise ValueError(
                     f"GPT2Config: {name} must be a positive integer, "
                     f"got {value!r}"

@@ -370,6 +370,13 @@ def test_a_model_that_cannot_be(wrong, says):
         GPT2(TINY, **{"batch_size": 2, "seq_len": 3, **wrong})
 
 
+@pytest.mark.parametrize("bad", [0, 2.0, True, "3", None])
+def test_a_config_is_of_whole_numbers(bad):
+    says = f"num_layers must be a positive integer, got {bad!r}"
+    with pytest.raises(ValueError, match=f"GPT2Config: {says}"):
+        GPT2Config(num_layers=bad)
+
+
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_a_backend_that_cannot_be(precision):
     with pytest.raises(ValueError, match="GPT2: precision "):
