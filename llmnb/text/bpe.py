@@ -149,9 +149,10 @@ def train(text, vocab_size):
 
     Derived in chapter 1.2.
     """
-    if not 257 <= vocab_size <= 65536:
+    if vocab_size not in range(257, 65537):
         raise ValueError(
-            f"train: vocab_size must lie in [257, 65536], got {vocab_size}"
+            f"train: vocab_size must be a whole number in [257, 65536], "
+            f"got {vocab_size!r}"
         )
     tokens = [bytes([i]) for i in range(256)]
     for a, b in _learn(_count_words(text), vocab_size - 257):

@@ -117,9 +117,9 @@ def test_byte_encoding_is_utf8(text):
     assert bytes(encoding.encode_ordinary(text)) == text.encode()
 
 
-@pytest.mark.parametrize("size", [0, 256, 65537])
+@pytest.mark.parametrize("size", [0, 256, 65537, 258.5, "258"])
 def test_vocabulary_size_out_of_range(size):
-    with pytest.raises(ValueError, match=rf"\[257, 65536\], got {size}"):
+    with pytest.raises(ValueError, match=rf"\[257, 65536\], got {size!r}"):
         bpe.train("text", size)
 
 
