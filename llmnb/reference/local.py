@@ -132,11 +132,11 @@ def _normed(x, hs, rstd):
     return heads[:, :, : rstd.shape[2]], heads[:, :, rstd.shape[2] :]
 
 
-def _both_weights(qweight, kweight, NKV, n):
+def _both_weights(qweight, kweight, NKV, n, offset):
     """A row of weights for each of the n heads that have a norm."""
     queries = np.broadcast_to(qweight, (n - NKV, qweight.size))
     keys = np.broadcast_to(kweight, (NKV, kweight.size))
-    return np.concatenate([queries, keys])
+    return np.concatenate([queries, keys]) + float(offset)
 
 
 @shapes(
@@ -156,8 +156,8 @@ def headnorm_forward(out, rstd, inp, qweight, kweight, eps=1e-6, offset=0.0):
     NKV = key_heads("headnorm_forward", inp, rstd, hs)
     x, values = _normed(inp, hs, rstd)
     y, copied = _normed(out, hs, rstd)
-    rstd[...] = 1 / np.sqrt((x**2).mean(axis=-1) + eps)
-    weights = _both_weights(qweight, kweight, NKV, rstd.shape[2]) + offset
+    rstd[...] = 1 / np.sqrt((x**2).mean(axis=-1) + float(eps))
+    weights = _both_weights(qweight, kweight, NKV, rstd.shape[2], offset)
     y[...] = x * rstd[..., None] * weights
     copied[...] = values
 
@@ -181,7 +181,7 @@ def headnorm_backward(
     dweights = (dx * hat).sum(axis=(0, 1))
     dqweight += dweights[:-NKV].sum(axis=0)
     dkweight += dweights[-NKV:].sum(axis=0)
-    weights = _both_weights(qweight, kweight, NKV, rstd.shape[2]) + offset
+    weights = _both_weights(qweight, kweight, NKV, rstd.shape[2], offset)
     dhat = dx * weights
     mean = (dhat * hat).mean(axis=-1, keepdims=True)
     dx[...] = rstd[..., None] * (dhat - hat * mean)

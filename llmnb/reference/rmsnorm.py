@@ -24,8 +24,8 @@ def rmsnorm_forward(out, rstd, inp, weight, eps=1e-5, offset=0.0):
 
     Derived in chapter 5.1.
     """
-    rstd[...] = 1 / np.sqrt((inp**2).mean(axis=-1) + eps)
-    out[...] = inp * rstd[..., None] * (weight + offset)
+    rstd[...] = 1 / np.sqrt((inp**2).mean(axis=-1) + float(eps))
+    out[...] = inp * rstd[..., None] * (weight + float(offset))
 
 
 # rmsnorm, backward
@@ -43,7 +43,7 @@ def rmsnorm_backward(
     """
     hat = inp * rstd[..., None]
     dweight += (dout * hat).sum(axis=(0, 1))
-    dhat = dout * (weight + offset)
+    dhat = dout * (weight + float(offset))
     mean = (dhat * hat).mean(axis=-1, keepdims=True)
     grad = rstd[..., None] * (dhat - hat * mean)
     dinp[...] = dinp + grad if add else grad

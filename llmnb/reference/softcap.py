@@ -17,7 +17,7 @@ def softcap_forward(x, softcap):
 
     Derived in chapter 5.4.
     """
-    x[...] = softcap * np.tanh(x / softcap)
+    x[...] = float(softcap) * np.tanh(x / float(softcap))
 
 
 @shapes("B T Vp!, B T, B T Vp~, B T, B T of V, 1 to Vp", softcap="above 0")
@@ -32,7 +32,7 @@ def capped_crossentropy_backward(
 
     Derived in chapter 5.4.
     """
-    slope = 1 - (logits[..., :V] / softcap) ** 2
+    slope = 1 - (logits[..., :V] / float(softcap)) ** 2
     b, t = np.indices(targets.shape)
     dlogits[..., :V] = np.exp(logits[..., :V] - lse[..., None])
     dlogits[b, t, targets] -= 1

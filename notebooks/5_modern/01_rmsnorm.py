@@ -219,8 +219,8 @@ def rmsnorm_forward(out, rstd, inp, weight, eps=1e-5, offset=0.0):
     added to the mean square. All of one float dtype; out and rstd are
     overwritten.
     """
-    rstd[...] = 1 / np.sqrt((inp**2).mean(axis=-1) + eps)
-    out[...] = inp * rstd[..., None] * (weight + offset)
+    rstd[...] = 1 / np.sqrt((inp**2).mean(axis=-1) + float(eps))
+    out[...] = inp * rstd[..., None] * (weight + float(offset))
 
 
 # %% the three rows through the function
@@ -346,7 +346,7 @@ def rmsnorm_backward(
     """
     hat = inp * rstd[..., None]
     dweight += (dout * hat).sum(axis=(0, 1))
-    dhat = dout * (weight + offset)
+    dhat = dout * (weight + float(offset))
     mean = (dhat * hat).mean(axis=-1, keepdims=True)
     grad = rstd[..., None] * (dhat - hat * mean)
     dinp[...] = dinp + grad if add else grad

@@ -413,11 +413,11 @@ def _normed(x, hs, rstd):
     return heads[:, :, : rstd.shape[2]], heads[:, :, rstd.shape[2] :]
 
 
-def _both_weights(qweight, kweight, NKV, n):
+def _both_weights(qweight, kweight, NKV, n, offset):
     """A row of weights for each of the n heads that have a norm."""
     queries = np.broadcast_to(qweight, (n - NKV, qweight.size))
     keys = np.broadcast_to(kweight, (NKV, kweight.size))
-    return np.concatenate([queries, keys])
+    return np.concatenate([queries, keys]) + float(offset)
 
 
 @shapes(
@@ -435,8 +435,8 @@ def headnorm_forward(out, rstd, inp, qweight, kweight, eps=1e-6, offset=0.0):
     NKV = key_heads("headnorm_forward", inp, rstd, hs)
     x, values = _normed(inp, hs, rstd)
     y, copied = _normed(out, hs, rstd)
-    rstd[...] = 1 / np.sqrt((x**2).mean(axis=-1) + eps)
-    weights = _both_weights(qweight, kweight, NKV, rstd.shape[2]) + offset
+    rstd[...] = 1 / np.sqrt((x**2).mean(axis=-1) + float(eps))
+    weights = _both_weights(qweight, kweight, NKV, rstd.shape[2], offset)
     y[...] = x * rstd[..., None] * weights
     copied[...] = values
 
@@ -458,7 +458,7 @@ def headnorm_backward(
     dweights = (dx * hat).sum(axis=(0, 1))
     dqweight += dweights[:-NKV].sum(axis=0)
     dkweight += dweights[-NKV:].sum(axis=0)
-    weights = _both_weights(qweight, kweight, NKV, rstd.shape[2]) + offset
+    weights = _both_weights(qweight, kweight, NKV, rstd.shape[2], offset)
     dhat = dx * weights
     mean = (dhat * hat).mean(axis=-1, keepdims=True)
     dx[...] = rstd[..., None] * (dhat - hat * mean)
@@ -477,7 +477,7 @@ from llmnb.shapes import shapes
 @shapes("B T Vp!", softcap="above 0")
 def softcap_forward(x, softcap):
     """Turn each logit x, (B, T, Vp), into c tanh(x / c); softcap: c."""
-    x[...] = softcap * np.tanh(x / softcap)
+    x[...] = float(softcap) * np.tanh(x / float(softcap))
 
 
 @shapes("B T Vp!, B T, B T Vp~, B T, B T of V, 1 to Vp", softcap="above 0")
@@ -490,7 +490,7 @@ def capped_crossentropy_backward(
     then is lost. logits: after the cap. dlosses, lse: (B, T), lse from the
     forward pass. targets: int (B, T). Columns from V on receive 0.
     """
-    slope = 1 - (logits[..., :V] / softcap) ** 2
+    slope = 1 - (logits[..., :V] / float(softcap)) ** 2
     b, t = np.indices(targets.shape)
     dlogits[..., :V] = np.exp(logits[..., :V] - lse[..., None])
     dlogits[b, t, targets] -= 1

@@ -176,6 +176,40 @@ def test_in_place(layer, way, other, backend, dtype):
         np.testing.assert_array_equal(same[other], want)
 
 
+@pytest.mark.parametrize(
+    "name, options",
+    (
+        ("embedding", {"scale": 7.3}),
+        ("rmsnorm", {"eps": 1e-3, "offset": 0.1}),
+        ("headnorm", {"eps": 1e-3, "offset": 0.1}),
+        ("local_attention", {"scale": 0.1, "softcap": 2.1}),
+    ),
+)
+@BACKENDS
+def test_numbers_of_numpy_change_no_bit(name, options, backend):
+    layer = NAMED[name]
+    sizes = {k: n if isinstance(n, int) else 3 for k, n in layer.most.items()}
+    p = problem(layer, np.float32, sizes, **options)
+    want = results(layer, passed(layer, backend, p))
+    p |= {k: np.float64(x) for k, x in options.items()}
+    for name, x in results(layer, passed(layer, backend, p)).items():
+        np.testing.assert_array_equal(x, want[name], name)
+
+
+@BACKENDS
+def test_caps_that_are_numbers_of_numpy_change_no_bit(backend):
+    found = []
+    for cap in 2.1, np.float64(2.1):
+        x = np.linspace(-4, 4, 88, dtype=np.float32).reshape(2, 4, 11)
+        targets, ones = np.ones((2, 4), np.int32), np.ones((2, 4), np.float32)
+        backend.softcap_forward(x, cap)
+        found.append(x.copy())
+        arrays = x, ones, x, ones, targets
+        backend.capped_crossentropy_backward(*arrays, 11, cap)
+        found.append(x)
+    np.testing.assert_array_equal(found[:2], found[2:])
+
+
 @BACKENDS
 @pytest.mark.parametrize("name, value", (("layernorm", 3), ("rmsnorm", 0)))
 def test_a_row_that_a_norm_cannot_stretch_is_finite(name, value, backend):
