@@ -8,6 +8,7 @@ __all__ = ["GPT2"]
 # imports of the model
 import math
 from functools import partial
+from numbers import Integral
 
 import numpy as np
 
@@ -199,8 +200,9 @@ class _Updates(_Passes):
 
 # a shape
 def _check_shape(cfg, batch_size, seq_len):
+    """The two sizes as Python's integers; raises ValueError."""
     for name, n in (("batch_size", batch_size), ("seq_len", seq_len)):
-        if not isinstance(n, int) or n < 1:
+        if not isinstance(n, Integral) or n < 1:
             raise ValueError(
                 f"GPT2: {name} must be a positive integer, got {n!r}"
             )
@@ -209,6 +211,7 @@ def _check_shape(cfg, batch_size, seq_len):
             f"GPT2: seq_len must be at most max_seq_len = {cfg.max_seq_len}, "
             f"got {seq_len}"
         )
+    return int(batch_size), int(seq_len)
 
 
 # the model
@@ -242,9 +245,9 @@ class GPT2(_Updates):
     ):  # fmt: skip
         choose("GPT2: precision", precision, PRECISIONS)
         choose(f"{type(self).__name__}: backend", backend, self.backends)
-        _check_shape(cfg, batch_size, seq_len)
+        sizes = _check_shape(cfg, batch_size, seq_len)
         machine = backend_named(backend, precision)
-        super().__init__(cfg, batch_size, seq_len, machine)
+        super().__init__(cfg, *sizes, machine)
         self.backend, self.precision = backend, machine.precision
         self._state, self._has_gradients = "new", False
         if seed is not None:

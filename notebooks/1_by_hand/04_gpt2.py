@@ -150,6 +150,7 @@ plt.show()
 
 # %% imports of the configuration tags=["export"]
 from dataclasses import dataclass
+from numbers import Integral
 from typing import ClassVar
 
 
@@ -177,11 +178,14 @@ class GPT2Config:
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            if type(value) is not int or value < 1:  # nor True
+            whole = isinstance(value, Integral) and value is not True
+            if not whole or value < 1:
                 raise ValueError(
                     f"GPT2Config: {name} must be a positive integer, "
                     f"got {value!r}"
                 )
+            # NumPy's become Python's, which do not overflow
+            object.__setattr__(self, name, int(value))
         if self.channels % self.num_heads:
             raise ValueError(
                 f"GPT2Config: channels must be a multiple of num_heads, "

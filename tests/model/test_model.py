@@ -1,6 +1,6 @@
 """The whole model: its gradient, both backends, wrong calls, the same bits."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from threading import Thread
 from types import SimpleNamespace
 
@@ -375,6 +375,23 @@ def test_a_config_is_of_whole_numbers(bad):
     says = f"num_layers must be a positive integer, got {bad!r}"
     with pytest.raises(ValueError, match=f"GPT2Config: {says}"):
         GPT2Config(num_layers=bad)
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int16, np.int64])
+def test_sizes_of_numpy(kind):
+    """Are taken, and their narrow arithmetic is left behind."""
+    cfg = GPT2Config(*map(kind, (100, 120, 1, 2, 100)))
+    assert cfg == GPT2Config(100, 120, 1, 2, 100)
+    assert {type(x) for x in asdict(cfg).values()} == {int}
+    assert parameter_count(cfg) == 144_300
+    model = GPT2(cfg, kind(2), kind(99), "reference", seed=kind(7))
+    assert type(model.batch_size) is type(model.seq_len) is int
+    assert model.memory["acts"]["qkv"].shape == (1, 2, 99, 300)
+    for wrong in np.float32(4), np.float64(4), "4", None, np.array([4]):
+        with pytest.raises(ValueError, match="channels must be a positive in"):
+            GPT2Config(channels=wrong)
+        with pytest.raises(ValueError, match="seq_len must be a positive in"):
+            GPT2(TINY, 2, wrong)
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
