@@ -301,7 +301,6 @@ class GPT2(_Updates):
         computes.
         """
         self._take(tokens, targets)
-        self._state = "new"  # until the logits are whole
         self._again(self._forward)
         self._state = "logits"
         if targets is None:
@@ -315,6 +314,7 @@ class GPT2(_Updates):
         batch = {"tokens": self._checked("tokens", tokens)}
         if targets is not None:
             batch["targets"] = self._checked("targets", targets)
+        self._state = "new"  # until the logits are whole
         for name, array in batch.items():
             put(self._batch[name], array)
 
@@ -345,7 +345,7 @@ class GPT2(_Updates):
             raise RuntimeError(
                 "GPT2.backward: call forward(tokens, targets) first"
             )
-        self._state = "backward"
+        self._state, self._has_gradients = "backward", False  # until whole
         self._weigh_losses(share)
         self._again(self._backward, add)
         self._has_gradients = True
@@ -418,7 +418,7 @@ class GPT2(_Updates):
         """
         decay = self._tune(AdamW(**settings), decay)
         self._take(tokens, self._checked("targets", targets))
-        self._state = "backward"
+        self._state, self._has_gradients = "backward", False
         whole = partial(self._whole_step, max_norm, decay)
         if self.ops is self._machine.ops:
             self._machine.run((max_norm, decay), whole, self.params)

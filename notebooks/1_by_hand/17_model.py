@@ -312,9 +312,10 @@ class _Updates(_Passes):
 # | `"loss"` | `forward` with targets | runs | given |
 # | `"backward"` | `backward`, or a whole `step` | refused | refused: their gradients have their place |
 #
-# So no loss is differentiated twice. `update` and `clip_gradients` need one `backward`
-# to have run to its end, and are never refused after that: which gradients are
-# summed before a step is the caller's choice.
+# So no loss is differentiated twice. `update` and `clip_gradients` need gradients that
+# are whole: they are refused before the first `backward`, and after one that was cut
+# short. Else they never are: which gradients are summed before a step is the caller's
+# choice.
 #
 # The decorator `shapes` checks AdamW's numbers ([appendix
 # A.9](../appendix/09_checks.ipynb)). In `step`, `_machine.run` calls the whole step;
@@ -425,7 +426,6 @@ class GPT2(_Updates):
         computes.
         """
         self._take(tokens, targets)
-        self._state = "new"  # until the logits are whole
         self._again(self._forward)
         self._state = "logits"
         if targets is None:
@@ -439,6 +439,7 @@ class GPT2(_Updates):
         batch = {"tokens": self._checked("tokens", tokens)}
         if targets is not None:
             batch["targets"] = self._checked("targets", targets)
+        self._state = "new"  # until the logits are whole
         for name, array in batch.items():
             put(self._batch[name], array)
 
@@ -469,7 +470,7 @@ class GPT2(_Updates):
             raise RuntimeError(
                 "GPT2.backward: call forward(tokens, targets) first"
             )
-        self._state = "backward"
+        self._state, self._has_gradients = "backward", False  # until whole
         self._weigh_losses(share)
         self._again(self._backward, add)
         self._has_gradients = True
@@ -542,7 +543,7 @@ class GPT2(_Updates):
         """
         decay = self._tune(AdamW(**settings), decay)
         self._take(tokens, self._checked("targets", targets))
-        self._state = "backward"
+        self._state, self._has_gradients = "backward", False
         whole = partial(self._whole_step, max_norm, decay)
         if self.ops is self._machine.ops:
             self._machine.run((max_norm, decay), whole, self.params)

@@ -323,6 +323,47 @@ def test_what_was_cut_short_is_not_used(cut, refused, whole):
     model.update()
 
 
+@pytest.mark.parametrize("whole", [True, False])
+def test_gradients_that_were_cut_short_are_not_used(whole):
+    """Nor where a step before them was whole."""
+    model, (tokens, targets) = GPT2(TINY, 2, 3), batch(TINY, 2, 3)
+    model.step(tokens, targets)
+    model.forward(tokens, targets)
+    model.update()  # of the step's gradients, which are all there
+    before = model.memory.flat("params").copy()
+
+    def interrupted(*_, **how):
+        raise KeyboardInterrupt
+
+    model.ops = SimpleNamespace(**vars(cpu) | {"gelu_backward": interrupted})
+    with pytest.raises(KeyboardInterrupt):
+        model.step(tokens, targets) if whole else model.backward()
+    for call in model.update, lambda: model.clip_gradients(1.0):
+        with pytest.raises(RuntimeError, match="call backward first"):
+            call()
+    assert np.array_equal(model.memory.flat("params"), before)
+    model.ops = cpu
+    model.forward(tokens, targets)
+    model.backward()
+    model.update()
+
+
+def test_a_batch_that_was_half_copied_is_not_used(monkeypatch):
+    model, (tokens, targets) = GPT2(TINY, 2, 3), batch(TINY, 2, 3)
+    model.forward(tokens, targets)
+
+    def interrupted(array, values):
+        if values is targets:
+            raise KeyboardInterrupt
+        array[...] = values
+
+    monkeypatch.setattr("llmnb.model.gpt2.put", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        model.forward((tokens + 1) % 5, targets)
+    with pytest.raises(RuntimeError, match="GPT2.backward: call forward"):
+        model.backward()
+
+
 @pytest.mark.parametrize(
     ("settings", "error", "says"),
     [
