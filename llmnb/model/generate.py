@@ -12,6 +12,7 @@ __all__ = [
 import codecs
 import math
 from functools import partial
+from numbers import Integral, Real
 
 import numpy as np
 
@@ -36,19 +37,22 @@ def draw(probs, u):
 def check_sampling(temperature, top_k, top_p):
     """Raise ValueError unless these can shape a distribution.
 
-    temperature: at least 0. top_k: None or a whole number of at least 1.
-    top_p: None or a number above 0 and at most 1.
+    temperature: at least 0 and finite. top_k: None or a whole number of at
+    least 1. top_p: None or a number above 0 and at most 1.
 
     Derived in chapter 1.19.
     """
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature must be at least 0, got {temperature}")
-    if top_k is not None and (top_k % 1 != 0 or top_k < 1):
+    if not isinstance(temperature, Real) or not 0 <= temperature < math.inf:
         raise ValueError(
-            f"top_k must be a whole number of at least 1, got {top_k}"
+            f"temperature must be at least 0 and finite, got {temperature!r}"
         )
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
+    k, p = (1 if x is None else x for x in (top_k, top_p))
+    if not isinstance(k, Real) or k % 1 != 0 or k < 1:
+        raise ValueError(
+            f"top_k must be a whole number of at least 1, got {k!r}"
+        )
+    if not isinstance(p, Real) or not 0 < p <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1, got {p!r}")
 
 
 # the largest, in order
@@ -82,18 +86,22 @@ def distribution(logits, temperature=1.0, top_k=None, top_p=None):
     logits: (V,), of any float dtype. Temperature 0 leaves the largest logit
     alone, and the first of equals. Then top_k keeps the k most probable
     tokens, and top_p the fewest of those whose sum reaches p. Raises
-    ValueError for settings out of range and when a logit is not a number.
+    ValueError for settings out of range, for logits of another shape and
+    when one is not a number.
 
     Derived in chapter 1.19.
     """
     check_sampling(temperature, top_k, top_p)
     z = np.asarray(logits, np.float64)
+    if z.ndim != 1 or not z.size:
+        raise ValueError(f"the logits must have shape (V,), got {z.shape}")
     if not np.isfinite(z.max()) or np.isnan(z).any():
         raise ValueError("the logits are not finite: the model is damaged")
     if temperature == 0:
         return _only([np.argmax(z)], 1.0, len(z))
     kept = np.arange(len(z)) if top_k is None else _largest(z, int(top_k))
-    p = np.exp((z[kept] - z.max()) / temperature)
+    with np.errstate(over="ignore"):  # to -inf, by a temperature near 0
+        p = np.exp((z[kept] - z.max()) / temperature)
     p /= p.sum()
     if top_p is not None:
         chosen = _nucleus(p, top_p)
@@ -125,7 +133,8 @@ def window_logits(model, texts):
     """The logits (N, V) of the token that follows each of N texts.
 
     model: a GPT2. texts: lists of tokens of one length, 1 to model.seq_len.
-    Everything is computed anew, for batch_size texts at a time.
+    Everything is computed anew, for batch_size texts at a time. Raises
+    ValueError for a text of another length.
 
     Derived in chapter 1.19.
     """
@@ -133,6 +142,11 @@ def window_logits(model, texts):
     for i in range(0, len(texts), model.batch_size):
         rows = np.array(texts[i : i + model.batch_size])
         count, length = rows.shape
+        if not 1 <= length <= model.seq_len:
+            raise ValueError(
+                f"window_logits: a text must have 1 to {model.seq_len} "
+                f"tokens, got {length}"
+            )
         window = np.zeros((model.batch_size, model.seq_len), np.int32)
         window[:count, :length] = rows
         model.forward(window)
@@ -141,6 +155,14 @@ def window_logits(model, texts):
 
 
 # the loop
+def _check_whole(name, value, least):
+    if not isinstance(value, Integral) or value < least:
+        raise ValueError(
+            f"generate: {name} must be a whole number of at least {least}, "
+            f"got {value!r}"
+        )
+
+
 def generate_samples(
     model,
     tokens,
@@ -167,18 +189,24 @@ def generate_samples(
     Derived in chapter 1.19.
     """
     check_sampling(temperature, top_k, top_p)
-    if not len(tokens):
+    tokens = np.array(tokens)
+    if not tokens.size:
         raise ValueError("generate: tokens must hold at least one token")
-    check_tokens("generate: tokens", np.array(tokens), model.cfg.vocab_size)
-    if count < 0:
-        raise ValueError(f"generate: count must be at least 0, got {count}")
-    if samples < 1:
-        raise ValueError(f"generate: samples must be at least 1: {samples}")
-    if not 0 <= seed < 2**32:
-        raise ValueError(f"generate: seed must be in [0, 2**32), got {seed}")
+    check_tokens("generate: tokens", tokens, model.cfg.vocab_size)
+    if tokens.ndim != 1:
+        raise ValueError(
+            f"generate: tokens must have shape (n,), got {tokens.shape}"
+        )
+    _check_whole("count", count, 0)
+    _check_whole("samples", samples, 1)
+    if not isinstance(seed, Integral) or not 0 <= seed < 2**32:
+        raise ValueError(
+            f"generate: seed must be a whole number in [0, 2**32), "
+            f"got {seed!r}"
+        )
     settings = temperature, top_k, top_p
-    texts = [list(tokens) for _ in range(samples)]
-    seeds = [(seed + i) % 2**32 for i in range(samples)]
+    texts = [tokens.tolist() for _ in range(samples)]
+    seeds = [(int(seed) + i) % 2**32 for i in range(samples)]
     return _continue(model, texts, count, settings, seeds, stop)
 
 

@@ -14,6 +14,7 @@ from llmnb.model.generate import (
     draw,
     generate,
     generate_samples,
+    window_logits,
     window_start,
 )
 from llmnb.model.gpt2 import GPT2
@@ -75,6 +76,23 @@ def near_the_border(z, heat, top_k, top_p):
     return top_p is not None and abs(np.cumsum(p) - top_p).min() < 1e-12
 
 
+@pytest.mark.parametrize("shape", [(), (0,), (3, 3), (1, 3)])
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_logits_are_those_of_one_token(shape, temperature):
+    with pytest.raises(
+        ValueError, match=r"logits must have shape \(V,\), got"
+    ):
+        distribution(np.zeros(shape), temperature)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("least", [5e-324, np.float32(1e-45), 1e-300])
+def test_the_lowest_temperatures_are_greedy(least):
+    """Though a difference divided by them is beyond all numbers."""
+    logits = np.array([-3e38, 1, 2, -np.inf])
+    assert distribution(logits, least).tolist() == [0, 0, 1, 0]
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_damaged_logits(bad):
     with pytest.raises(ValueError, match="not finite"):
@@ -134,15 +152,20 @@ def test_no_token_of_the_padding():
     assert len(tokens) == 300 and max(tokens) < V
 
 
-SEED = r"must be in \[0, 2\*\*32\)"
+SEED = r"must be a whole number in \[0, 2\*\*32\)"
+COLD = "must be at least 0 and finite"
+WHOLE = "must be a whole number of at least"
 
 
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"temperature": -0.1}, ValueError, "must be at least 0, got -0.1"),
-        ({"temperature": np.nan}, ValueError, "must be at least 0, got nan"),
-        ({"temperature": np.inf}, ValueError, "must be at least 0, got inf"),
+        ({"temperature": -0.1}, ValueError, f"{COLD}, got -0.1"),
+        ({"temperature": np.nan}, ValueError, f"{COLD}, got nan"),
+        ({"temperature": np.inf}, ValueError, f"{COLD}, got inf"),
+        ({"temperature": "1"}, ValueError, f"{COLD}, got '1'"),
+        ({"temperature": None}, ValueError, f"{COLD}, got None"),
+        ({"top_k": "3"}, ValueError, "must be a whole number of at least 1"),
         ({"top_k": 0}, ValueError, "must be a whole number of at least 1"),
         ({"top_k": 2.5}, ValueError, "must be a whole number"),
         ({"top_k": np.inf}, ValueError, "must be a whole number"),
@@ -150,13 +173,21 @@ SEED = r"must be in \[0, 2\*\*32\)"
         ({"top_p": 0}, ValueError, "must be above 0 and at most 1, got 0"),
         ({"top_p": 1.1}, ValueError, "must be above 0 and at most 1, got 1.1"),
         ({"top_p": np.nan}, ValueError, "must be above 0 and at most 1"),
+        ({"top_p": "1"}, ValueError, "must be above 0 and at most 1, got '1'"),
         ({"tokens": []}, ValueError, "must hold at least one token"),
         ({"tokens": [V]}, ValueError, rf"must lie in \[0, {V}\)"),
         ({"tokens": ["a"]}, TypeError, "must hold integers"),
-        ({"count": -1}, ValueError, "must be at least 0, got -1"),
-        ({"samples": 0}, ValueError, "must be at least 1"),
+        ({"tokens": "a"}, TypeError, "must hold integers"),
+        ({"tokens": iter([1])}, TypeError, "must hold integers"),
+        ({"tokens": [[1]]}, ValueError, r"must have shape \(n,\), got \(1, 1"),
+        ({"count": -1}, ValueError, f"{WHOLE} 0, got -1"),
+        ({"count": 1.0}, ValueError, f"{WHOLE} 0, got 1.0"),
+        ({"samples": 0}, ValueError, f"{WHOLE} 1, got 0"),
+        ({"samples": np.inf}, ValueError, f"{WHOLE} 1, got inf"),
         ({"seed": -1}, ValueError, SEED),
         ({"seed": 2**32}, ValueError, SEED),
+        ({"seed": 1.5}, ValueError, SEED),
+        ({"seed": None}, ValueError, SEED),
     ],
 )
 def test_what_cannot_be_written_is_refused_at_once(change, error, message):
@@ -189,6 +220,22 @@ def test_a_text_is_drawn_with_its_seed():
     draws = np.random.RandomState(11).random_sample(9)
     wanted = [int(u * V) for u in draws]
     assert list(generate(model, [0], 9, seed=11)) == wanted
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int32, np.uint32, np.int64])
+def test_numbers_of_numpy(kind):
+    """However narrow they are."""
+    model, text = tiny_model(), np.array([1, 2], kind)
+    steps = generate_samples(model, text, kind(5), kind(2), seed=kind(127))
+    want = generate_samples(model, [1, 2], 5, 2, seed=127)
+    assert list(steps) == list(want)
+
+
+@pytest.mark.parametrize("length", [0, T + 1])
+def test_a_text_that_fits_no_window(length):
+    says = f"a text must have 1 to {T} tokens, got {length}"
+    with pytest.raises(ValueError, match=f"window_logits: {says}"):
+        window_logits(tiny_model(), [[1] * length])
 
 
 def test_the_seed_after_the_last_is_the_first():
