@@ -6,7 +6,12 @@ __all__ = ["ngram_entropy", "unigram_entropy"]
 
 
 # imports of the landmarks
+from operator import index
+
 import numpy as np
+
+from llmnb.checks import check_tokens
+from llmnb.shapes import check_number
 
 
 # the unigram entropy
@@ -48,22 +53,35 @@ def _ngram(text, asked, vocab_size, n, trust):
 
 
 # the entropy of a table
+def _checked(name, tokens, vocab_size):
+    tokens = np.asarray(tokens)
+    if tokens.size:  # of no elements the type says nothing
+        check_tokens(f"ngram_entropy: {name}", tokens, vocab_size)
+    return tokens.astype(np.int64)
+
+
 def ngram_entropy(train_tokens, tokens, vocab_size, n, trust=32):
     """Mean -log p of `tokens` under a table of n-grams of a text.
 
     train_tokens, tokens: 1-D integer arrays with values in [0, vocab_size).
     n: the length of a run, its last token being the predicted one; 1 looks at
-    no context, and ValueError is raised unless vocab_size ** n is below
-    2 ** 63. trust: how often a context must have been seen to be trusted
-    half. Returns nats a token.
+    no context. trust: how often a context must have been seen to be trusted
+    half. Returns nats a token. Raises TypeError or ValueError for anything
+    else, and unless vocab_size ** n is below 2 ** 63.
 
     Derived in chapter 1.18.
     """
+    vocab_size, n = index(vocab_size), index(n)  # NumPy's powers overflow
+    check_number("ngram_entropy: n", n, "at least 1")
+    check_number("ngram_entropy: trust", trust, "above 0")
     if vocab_size**n >= 2**63:
         raise ValueError(
             f"ngram_entropy: {vocab_size} ** {n} runs do not fit in an int64"
         )
-    text, asked = (np.asarray(x, np.int64) for x in (train_tokens, tokens))
+    text = _checked("train_tokens", train_tokens, vocab_size)
+    asked = _checked("tokens", tokens, vocab_size)
+    if not asked.size:
+        raise ValueError("ngram_entropy: tokens must hold at least one token")
     longest = max(1, min(n, len(text), len(asked)))  # of the runs there are
     p = _ngram(text, asked, vocab_size, longest, trust)
     return float(-np.log(p).mean())

@@ -139,11 +139,13 @@ def evaluate(model, batches, count, step=None, rate=0.0):
 
     batches: a DataLoader, which is set back to its first batch. At most one
     epoch is read, by a group in parts. Returns nats a token, a float. Raises
-    FloatingPointError when it is not finite, naming the step and the rate of
-    a run.
+    ValueError for a count below 1, and FloatingPointError when the loss is
+    not finite, naming the step and the rate of a run.
 
     Derived in chapter 4.13.
     """
+    if count < 1:
+        raise ValueError(f"evaluate: count must be at least 1, got {count}")
     count = min(count, batches.batches_per_epoch)
     group = group_of(model)
     mine = group.share(count)

@@ -178,9 +178,46 @@ def test_ngram_entropy(n, known, asked):
     assert found == pytest.approx(np.mean(costs))
 
 
-def test_runs_that_no_number_holds():
-    with pytest.raises(ValueError, match="65536 .. 4 runs do not fit"):
-        ngram_entropy([0, 1], [0, 1], 2**16, 4)
+@pytest.mark.parametrize("kind", [int, np.int64, np.uint32, np.int8])
+def test_runs_that_no_number_holds(kind):
+    """However the size of the vocabulary is given."""
+    V, n = (100, 10) if kind is np.int8 else (2**16, 4)
+    with pytest.raises(ValueError, match=f"{V} .. {n} runs do not fit"):
+        ngram_entropy([0, 1], [0, 1], kind(V), kind(n))
+    assert ngram_entropy([0, 1], [1], kind(4), kind(2)) == np.log(3)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "says"),
+    [
+        ({"n": 0}, ValueError, "ngram_entropy: n must be at least 1, got 0"),
+        ({"n": 1.5}, TypeError, "'float' object cannot be interpreted"),
+        ({"n": -1}, ValueError, "ngram_entropy: n must be at least 1, got -1"),
+        ({"trust": 0}, ValueError, "trust must be above 0, got 0"),
+        ({"trust": np.nan}, ValueError, "trust must be above 0, got nan"),
+        ({"tokens": []}, ValueError, "tokens must hold at least one token"),
+        (
+            {"tokens": [0, -1]},
+            ValueError,
+            r"tokens must lie in \[0, 3\), got -1",
+        ),
+        (
+            {"tokens": [0, 3]},
+            ValueError,
+            r"tokens must lie in \[0, 3\), got 3",
+        ),
+        (
+            {"train_tokens": [7]},
+            ValueError,
+            r"train_tokens must lie in \[0, 3\)",
+        ),
+        ({"tokens": [0.5]}, TypeError, "tokens must hold integers, got float"),
+    ],
+)
+def test_a_table_that_cannot_be(change, error, says):
+    good = {"train_tokens": [0, 1, 2], "tokens": [0, 1], "n": 2}
+    with pytest.raises(error, match=says):
+        ngram_entropy(**good | change, vocab_size=3)
 
 
 def test_landmarks_use_the_tokens_of_validation():
@@ -302,6 +339,11 @@ def test_evaluate_reads_the_same_batches():
     assert loop.evaluate(model, batches, 3) == first
     everything = loop.evaluate(model, batches, batches.batches_per_epoch)
     assert loop.evaluate(model, batches, 10**6) == everything
+    place = batches.state
+    for none in 0, -1:
+        with pytest.raises(ValueError, match=f"at least 1, got {none}"):
+            loop.evaluate(model, batches, none)
+    assert batches.state == place
     batches.reset()
     losses = [model.forward(*batches.next_batch()) for _ in range(3)]
     assert first == pytest.approx(np.mean(losses))
