@@ -308,8 +308,15 @@ def induction_score(maps, repeat):
     """Mean weight on what followed a token the last time, by (1.20.2).
 
     maps: (..., B, NH, T, T), of a text that repeats after `repeat` tokens,
-    T = 2 repeat. Returns (..., NH).
+    2 or more, T = 2 repeat. Returns (..., NH). Raises ValueError for another
+    T.
     """
+    length = maps.shape[-1]
+    if repeat < 2 or length != 2 * repeat:
+        raise ValueError(
+            f"induction_score: maps must be of twice {repeat} tokens, "
+            f"got {length}"
+        )
     # row t and column t - repeat + 1, for t from `repeat` to T - 2; the
     # diagonal begins one row earlier
     followed = np.diagonal(maps, 1 - repeat, -2, -1)[..., 1:repeat]
@@ -419,10 +426,13 @@ verdict(
 
 # %% silence a head tags=["export"]
 def without_head(params, layer, head, num_heads):
-    """The same parameters with one head silenced; the others are shared."""
+    """The same parameters with one head silenced; the others are shared.
+
+    Raises IndexError for a layer or a head that there is not.
+    """
     weight = params["attprojw"].copy()
-    size = weight.shape[2] // num_heads
-    weight[layer, :, head * size : (head + 1) * size] = 0
+    heads = weight.reshape(*weight.shape[:2], num_heads, -1)  # a view
+    heads[layer, :, head] = 0
     return params | {"attprojw": weight}
 
 

@@ -14,6 +14,7 @@ from processes import python
 from llmnb.formats.shard import write_shard
 from llmnb.text import data
 from llmnb.text.data import DataLoader, split
+from llmnb.text.readers import Readers
 
 QUICK = settings(max_examples=25, deadline=None, derandomize=True)
 
@@ -324,3 +325,22 @@ def test_split(count, validation, want):
 def test_split_that_leaves_a_part_empty(count, validation):
     with pytest.raises(ValueError, match=f"number of tokens, {count}, got"):
         split(np.arange(count), validation)
+
+
+def test_readers_each_read_a_part():
+    readers, found = Readers(range(25), 2, 4), []
+    for _ in range(3):
+        tokens, targets = readers.next_batch()
+        assert np.array_equal(targets, tokens + 1)
+        found.append(tokens)
+    assert np.concatenate(found, 1).ravel().tolist() == list(range(24))
+    with pytest.raises(IndexError):
+        readers.next_batch()
+
+
+@pytest.mark.parametrize("shape", [(0,), (24,), (26,), (25, 8)])
+def test_readers_of_unequal_parts(shape):
+    with pytest.raises(
+        ValueError, match=r"Readers: .* shape \(n \* 8 \+ 1,\)"
+    ):
+        Readers(np.zeros(shape, int), 2, 4)
