@@ -29,7 +29,7 @@ def _zeros(nbytes):
 def _allocate(nbytes, zeros):
     try:
         return zeros(nbytes)
-    except MemoryError:
+    except (MemoryError, ValueError):  # the latter from 2**63 bytes on
         raise MemoryError(
             f"the model needs one block of {nbytes:,} bytes, more than this "
             f"system gives; lower batch_size or seq_len, or the model's size"

@@ -93,7 +93,15 @@ def test_a_model_too_large_says_so(monkeypatch):
 
     monkeypatch.setattr(np, "zeros", refuse)
     with pytest.raises(MemoryError, match="one block of [0-9,]+ bytes"):
-        GPT2(CFG, 2, 16)
+        GPT2(CFG, 2, 16, "reference")
+
+
+def test_a_model_beyond_all_addresses_says_so(monkeypatch):
+    """Where nobody knows what is free, so that NumPy is asked."""
+    monkeypatch.setattr(checks, "free_memory", lambda: None)
+    for size in 2**59, 2**70:
+        with pytest.raises(MemoryError, match="one block of [0-9,]+ bytes"):
+            GPT2(GPT2Config(8, size, 1, 1, 4), 1, 8, "reference")
 
 
 MEMINFO = "MemFree: 9 kB\nMemAvailable:    1000 kB\nSwapFree: 24 kB\nX: y\n"
