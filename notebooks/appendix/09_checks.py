@@ -69,8 +69,8 @@ def check_fit(name, array, shape, kinds):
     shape: None for any. kinds: a dtype, or a tuple of several that will do.
     """
     kinds = kinds if isinstance(kinds, tuple) else (np.dtype(kinds),)
-    kind = getattr(array, "dtype", type(array).__name__)
-    if kind not in kinds:
+    if not hasattr(array, "dtype") or array.dtype not in kinds:
+        kind = getattr(array, "dtype", type(array).__name__)
         want = " or ".join(map(str, kinds))
         raise TypeError(f"{name} must be {want}, got {kind}")
     if shape is not None and array.shape != shape:
@@ -108,8 +108,8 @@ def check_tokens(name, tokens, vocab_size):
     Raises TypeError (not integers) or ValueError, which names the first
     token that is out of range and where it stands.
     """
-    kind = getattr(tokens, "dtype", type(tokens).__name__)
-    if not np.issubdtype(kind, np.integer):
+    if not np.issubdtype(getattr(tokens, "dtype", object), np.integer):
+        kind = getattr(tokens, "dtype", type(tokens).__name__)
         raise TypeError(f"{name} must hold integers, got {kind}")
     if tokens.size and not 0 <= tokens.min() <= tokens.max() < vocab_size:
         bad = (tokens < 0) | (tokens >= vocab_size)

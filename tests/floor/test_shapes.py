@@ -15,6 +15,7 @@ import pytest
 from gpu import halved, there
 
 from llmnb import cpu, cuda, reference
+from llmnb.checks import check_fit, check_tokens
 from llmnb.cpu import gelu
 from llmnb.gpu.launch import DeviceArray
 from llmnb.shapes import LIMITS, shapes
@@ -299,6 +300,17 @@ def test_each_mark(change, message):
 def test_a_missing_argument_is_named():
     with pytest.raises(TypeError, match="layer: heads must be a NumPy array"):
         layer(np.zeros((2, 4)), np.zeros((4, 8)), last=np.zeros(5))
+
+
+@pytest.mark.parametrize("thing", [3, 1.5, [1], (1,), None, "1", {1}])
+def test_what_is_no_array_is_named(thing):
+    """Python's int and float are the names of dtypes, too."""
+    kind = type(thing).__name__
+    with pytest.raises(TypeError, match=f"x must hold integers, got {kind}$"):
+        check_tokens("x", thing, 5)
+    for want in np.int64, np.float64:
+        with pytest.raises(TypeError, match=f"x must be .*64, got {kind}$"):
+            check_fit("x", thing, (1,), want)
 
 
 def test_no_limit_admits_nan():
