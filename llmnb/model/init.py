@@ -23,7 +23,8 @@ def init_params(params, cfg, seed):
     Derived in chapter 1.15.
     """
     for name, shape in parameter_shapes(cfg).items():
-        check_array(f"init_params: {name}", params[name], shape, written=True)
+        array = params.get(name)
+        check_array(f"init_params: {name}", array, shape, written=True)
     table, generator = tensor_table(cfg), Generator(seed)
     for x in table:
         params[x.name].fill(x.start)

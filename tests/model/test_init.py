@@ -34,3 +34,7 @@ def test_params_that_do_not_fit():
     bad = {**params, "fcw": params["fcw"][:1]}
     with pytest.raises(ValueError, match="init_params: fcw must have shape"):
         init_params(bad, CONFIGS[0], seed=0)
+    del bad["fcw"]
+    with pytest.raises(TypeError, match="init_params: fcw must be a NumPy ar"):
+        init_params(bad, CONFIGS[0], seed=0)
+    assert all((x == 9).all() for x in params.values()), "nothing was written"
