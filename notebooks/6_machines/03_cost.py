@@ -279,7 +279,7 @@ import numpy as np
 
 from llmnb.bench.bench import WARM_UP
 from llmnb.bench.peers import peak_memory
-from llmnb.bench.race import Settings, facts_of
+from llmnb.bench.race import Settings, facts_of, lineup
 from llmnb.bench.stopwatch import Stopwatch
 from llmnb.model.architectures import architecture_record
 from llmnb.model.tensors import parameter_count
@@ -405,9 +405,11 @@ def bench_group(group, configs, settings=None, total_batch=0):
 
     configs: a dict from name to (configuration, batch_size, seq_len).
     settings: a `Settings`, without those of a race; threads: of each rank.
-    total_batch: tokens of an update; 0: one batch a rank.
+    total_batch: tokens of an update; 0: one batch a rank. Raises ValueError
+    for what makes no sense.
     """
     settings = settings or Settings()
+    lineup(settings)  # so that a mistake is found before anything is built
     result = facts_of(settings) | {"ranks": group.size, "contests": []}
     for name, (cfg, *shape) in configs.items():
         for precision in settings.precisions:

@@ -26,6 +26,7 @@ from llmnb.bench import bench as module
 from llmnb.bench import clock, peers, race
 from llmnb.bench.bench import CONFIGS, bench
 from llmnb.bench.race import Settings, lineup, ratios
+from llmnb.bench.ranks import bench_group
 from llmnb.bench.report import bars_figure, layers_figure, report, shares
 from llmnb.bench.stopwatch import Stopwatch, timed_step
 from llmnb.config import GPT2Config
@@ -39,6 +40,7 @@ from llmnb.model.architectures import (
 from llmnb.model.generate import generate
 from llmnb.model.gpt2 import GPT2
 from llmnb.model.tensors import flops_per_token, parameter_count
+from llmnb.train.group import ALONE
 
 ROOT = Path(__file__).parents[2]
 CFG = GPT2Config(16, 131, 3, 2, 16)
@@ -994,6 +996,13 @@ def test_writers_of_nothing(name, monkeypatch):
     monkeypatch.delattr(module, "race")  # nobody is started
     with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
         module.bench_writers(CFG, 5, 6, Settings()._replace(**{name: 0}))
+
+
+@pytest.mark.parametrize("name", ["steps", "threads"])
+def test_a_group_of_nothing(name):
+    settings = Settings()._replace(**{name: 0})
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+        bench_group(ALONE, {"tiny": (CFG, 1, 8)}, settings)
 
 
 @pytest.mark.parametrize("sizes", [(0, 4), (4, 1), (10, 7)])
