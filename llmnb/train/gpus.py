@@ -236,7 +236,10 @@ def placed(group, backend):
     Derived in chapter 6.5.
     """
     kind = getattr(group, "kind", "")
-    check_alike(group, {"backend": backend, "group": kind or "default"})
+    facts = {"backend": backend, "group": kind or "default"}
+    if backend == "cuda":
+        facts["kind of GPU"] = "simulated" if missing() else "real"
+    check_alike(group, facts)
     if backend != "cuda" and kind == "nccl":
         raise ValueError(
             "--group nccl is of GPUs: it needs the backend 'cuda', got "

@@ -249,6 +249,11 @@ def test_what_does_not_go_together(standin, monkeypatch):
         rehearse(2, lambda group: work(group, "cpu", ("nccl", "nccl")))
     with pytest.raises(ValueError, match="another group than rank 0: mpi"):
         rehearse(2, lambda group: work(group, "cuda", ("", "mpi")))
+    here = iter(("", "LLMNB_CUDA asks for the simulator"))
+    with monkeypatch.context() as patch:  # one of them has a GPU
+        patch.setattr(gpus, "missing", lambda: next(here))
+        with pytest.raises(ValueError, match="another kind of GPU than rank"):
+            rehearse(2, lambda group: work(group, "cuda"))
     versions = iter((23203, 22000))
     monkeypatch.setattr(gpus, "nccl_version", lambda: next(versions))
     with pytest.raises(ValueError, match="another version of NCCL than rank"):
