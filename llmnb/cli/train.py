@@ -119,7 +119,7 @@ def _resumed(args, group):
     check_backend(read_run(folder).backend)
     changes = fields_of(args.given, TrainConfig)
     run, found = resume(folder, group, **changes)
-    for warning in found:
+    for warning in found if group.first else ():
         warn(warning)
     where = f"at step {run.at.step:,} of {run.config.steps:,}"
     known = {"loss": run.at.last_loss, "best validation": run.at.best_loss}

@@ -3,7 +3,8 @@
 """A group of processes on one or many machines, over MPI."""
 
 __all__ = [
-    "Machines", "PATIENCE", "Watch", "check_alike", "find_group", "launched",
+    "LONGEST", "Machines", "PATIENCE", "Watch", "check_alike", "find_group",
+    "launched",
 ]
 
 
@@ -63,14 +64,17 @@ def find_group(kind=""):
 
 
 # a group over MPI
+LONGEST = 2**31 - 1  # elements of an array that an MPI before 4 can count
+
+
 class Machines(Group):
     """The processes that one mpirun or srun has started.
 
     names: of the machine of each. sent: bytes of arrays that this process
-    has sent to others. kind: as `find_group` was told. ending: functions
-    that close() calls first. Until close(), each watches its neighbour, and a
-    process that is silent for `PATIENCE` seconds ends all. Arrays have fewer
-    than 2^31 elements, unless the MPI takes longer counts, as MPI 4 may.
+    has sent to others. kind: as `find_group` was told. Until close(), each
+    watches its neighbour, and a process that is silent for `PATIENCE` seconds
+    ends all. An array has at most `LONGEST` elements, unless the MPI takes
+    longer counts, as MPI 4 may.
 
     Derived in chapter 6.2.
     """
@@ -105,8 +109,10 @@ class Machines(Group):
         """Send each its span of an array; out[r] begins with what r sent.
 
         array: flat, or None for who does not send. spans: a (start, stop)
-        for each. senders: whether it sends, for each.
+        for each. senders: whether it sends, for each. Raises ValueError for
+        an array that is too long, as `spread` does.
         """
+        self._check_length(spans)
         starts, stops = np.array(spans).T
         if array is None:  # nothing, and not from where it will arrive
             array, starts = np.empty(0, out.dtype), np.zeros_like(starts)
@@ -118,11 +124,20 @@ class Machines(Group):
 
     def spread(self, array, spans):
         """Have all of an array, of which each has its own span."""
+        self._check_length(spans)
         starts, stops = np.array(spans).T
         how = [array, (stops - starts, starts)]
         self._world.Allgatherv(self._mpi.IN_PLACE, how)
         mine = (stops - starts)[self.rank]
         self.sent += (self.size - 1) * mine * array.itemsize
+
+    def _check_length(self, spans):
+        end, version = spans[-1][1], self._mpi.Get_version()
+        if end > LONGEST and version < (4, 0):
+            raise ValueError(
+                f"a group over MPI {'.'.join(map(str, version))} sends arrays "
+                f"of at most {LONGEST:,} elements, and this is one of {end:,}"
+            )
 
     def collect(self, part, lengths):
         """The parts of all in one array, for the first; None for others."""

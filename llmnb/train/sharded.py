@@ -11,6 +11,7 @@ import math
 import numpy as np
 
 from llmnb.arena import put
+from llmnb.checks import check_fit
 from llmnb.cpu.adamw import PIECES, piece_length, shrink, squares
 from llmnb.model.gpt2 import GPT2
 from llmnb.train.exchange import exchange, shards
@@ -52,6 +53,7 @@ class Spread:
 
     def copy_to_device(self, values):
         """Keep of a whole tensor what lies here."""
+        check_fit("put: values", values, self.shape, self.dtype)
         mine = self._places[self.group.rank]
         put(self.part, values.reshape(-1)[mine])
 

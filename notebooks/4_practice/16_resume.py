@@ -191,6 +191,9 @@ import shlex
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from zlib import crc32
+
+import numpy as np
 
 from llmnb.files import BESIDE, Lock
 from llmnb.formats.vocabulary import KEPT, TOKENIZER_FILES, tokenizer_beside
@@ -287,6 +290,8 @@ def _ready(lock, folder, config, data, state, group):
     else:
         model = new_model(config, data.encoding.n_vocab, group)
         at = Progress()
+    if group.size > 1:
+        _check_weights(group, model)
     if group.first:
         _sweep(folder, [] if state else states(folder))
         write_record(folder, config, data)
@@ -319,6 +324,14 @@ def _check_group(group, config, text, begun, state):
     found = {name: str(value) for name, value in options.items()}
     found |= {"text": str(text), "state": state.path.name if state else ""}
     check_alike(group, begun | found)
+
+
+def _check_weights(group, model):
+    """Raise ValueError unless all of a group have read the same weights."""
+    from llmnb.train.machines import check_alike  # Part 6
+
+    found = crc32(np.asarray(model.memory.flat("params")))
+    check_alike(group, {"checksum of the weights": f"{found:08x}"})
 
 
 # %% what a kill leaves tags=["exporti"]

@@ -77,6 +77,7 @@ import math
 import numpy as np
 
 from llmnb.arena import put
+from llmnb.checks import check_fit
 from llmnb.cpu.adamw import PIECES, piece_length, shrink, squares
 from llmnb.model.gpt2 import GPT2
 from llmnb.train.exchange import exchange, shards
@@ -116,6 +117,7 @@ class Spread:
 
     def copy_to_device(self, values):
         """Keep of a whole tensor what lies here."""
+        check_fit("put: values", values, self.shape, self.dtype)
         mine = self._places[self.group.rank]
         put(self.part, values.reshape(-1)[mine])
 
@@ -409,14 +411,17 @@ def find_group(kind=""):
 
 
 # %% a group over MPI tags=["export"] module="train.machines"
+LONGEST = 2**31 - 1  # elements of an array that an MPI before 4 can count
+
+
 class Machines(Group):
     """The processes that one mpirun or srun has started.
 
     names: of the machine of each. sent: bytes of arrays that this process
-    has sent to others. kind: as `find_group` was told. ending: functions
-    that close() calls first. Until close(), each watches its neighbour, and a
-    process that is silent for `PATIENCE` seconds ends all. Arrays have fewer
-    than 2^31 elements, unless the MPI takes longer counts, as MPI 4 may.
+    has sent to others. kind: as `find_group` was told. Until close(), each
+    watches its neighbour, and a process that is silent for `PATIENCE` seconds
+    ends all. An array has at most `LONGEST` elements, unless the MPI takes
+    longer counts, as MPI 4 may.
     """
 
     def __init__(self, kind=""):
@@ -449,8 +454,10 @@ class Machines(Group):
         """Send each its span of an array; out[r] begins with what r sent.
 
         array: flat, or None for who does not send. spans: a (start, stop)
-        for each. senders: whether it sends, for each.
+        for each. senders: whether it sends, for each. Raises ValueError for
+        an array that is too long, as `spread` does.
         """
+        self._check_length(spans)
         starts, stops = np.array(spans).T
         if array is None:  # nothing, and not from where it will arrive
             array, starts = np.empty(0, out.dtype), np.zeros_like(starts)
@@ -462,11 +469,20 @@ class Machines(Group):
 
     def spread(self, array, spans):
         """Have all of an array, of which each has its own span."""
+        self._check_length(spans)
         starts, stops = np.array(spans).T
         how = [array, (stops - starts, starts)]
         self._world.Allgatherv(self._mpi.IN_PLACE, how)
         mine = (stops - starts)[self.rank]
         self.sent += (self.size - 1) * mine * array.itemsize
+
+    def _check_length(self, spans):
+        end, version = spans[-1][1], self._mpi.Get_version()
+        if end > LONGEST and version < (4, 0):
+            raise ValueError(
+                f"a group over MPI {'.'.join(map(str, version))} sends arrays "
+                f"of at most {LONGEST:,} elements, and this is one of {end:,}"
+            )
 
     def collect(self, part, lengths):
         """The parts of all in one array, for the first; None for others."""
@@ -563,10 +579,11 @@ class Watch:
 
 # %% [markdown]
 # A rank may be alive and wrong: an older version on one machine, another
-# option, a text that was not copied to the end, a processor with other
-# instructions, whose last bits differ. All of that is compared before anything is
-# written. `begin` and `resume` hand over the options, the sums of the text and
-# what else decides the bits ([chapter 4.15](../4_practice/15_states.ipynb)):
+# option, a text that was not copied to the end, a checkpoint that has the name
+# of another, a processor with other instructions, whose last bits differ. All of
+# that is compared before anything is written. `begin` and `resume` hand over the
+# options, the sums of the text and of the weights, and what else decides the bits
+# ([chapter 4.15](../4_practice/15_states.ipynb)):
 
 
 # %% are all alike tags=["export"] module="train.machines"
@@ -613,8 +630,8 @@ except ValueError as error:
 # Last, who speaks? The first rank does, on the screen and on the disk. An error
 # is said by the rank that has it, with its name, and ends all; so does a rank
 # that exits by itself, since the others would wait for it. Where all have the
-# same error, such as a wrong option, the first says it before the others come
-# to it. Only who has come to the end says goodbye to its neighbour.
+# same error, such as a text that is missing, the first says it before the others
+# come to it. Only who has come to the end says goodbye to its neighbour.
 
 
 # %% imports of together tags=["export"] module="cli.together"

@@ -17,14 +17,16 @@ from runs import (
     without_speed,
 )
 
+from llmnb.arena import put
 from llmnb.cli import train as train_command
 from llmnb.cli.together import together as together_within
 from llmnb.model.gpt2 import GPT2
+from llmnb.train import run as run_module
 from llmnb.train.exchange import blocks_of, exchange, shards
 from llmnb.train.feed import loaders
 from llmnb.train.group import ALONE, Group, Tree, waiting
 from llmnb.train.loop import Progress, accumulate, train_step
-from llmnb.train.machines import check_alike, find_group, launched
+from llmnb.train.machines import Machines, check_alike, find_group, launched
 from llmnb.train.rehearsal import rehearse
 from llmnb.train.run import finish, follow, resume
 from llmnb.train.start import checked_size, new_model
@@ -227,6 +229,43 @@ def test_what_does_not_go_together(tmp_path, size, changes, says):
     assert not [x for x in (tmp_path / "a").iterdir() if x.name != ".lock"]
 
 
+def kept(folder):
+    """All that lies in a folder but its lock."""
+    found = {x.name: x for x in folder.glob("*") if x.name != ".lock"}
+    return {name: path.read_bytes() for name, path in found.items()}
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_ranks_with_other_weights_are_refused(again, tmp_path, monkeypatch):
+    """A checkpoint on one machine may be another one of the same name."""
+    if again:
+        together(2, tmp_path / "a", steps=3)
+    before = kept(tmp_path / "a")
+    name = "restore" if again else "new_model"
+    made = getattr(run_module, name)
+
+    def other(*args):
+        model = made(*args)
+        model.params["lnfb"][0] += args[-1].rank
+        return model
+
+    monkeypatch.setattr(run_module, name, other)
+    with pytest.raises(ValueError, match="^rank 1 has another checksum of"):
+        together(2, tmp_path / "a", again=again)
+    assert kept(tmp_path / "a") == before
+
+
+def test_one_speaks_of_what_is_damaged(tmp_path, monkeypatch):
+    together(2, tmp_path / "a", steps=7)
+    (path,) = (tmp_path / "a").glob("state_*6.safetensors")
+    path.write_bytes(path.read_bytes()[:-1])
+    said, how = [], {"out": None, "force": False, "given": {}}
+    args = SimpleNamespace(**how, resume=str(tmp_path / "a"))
+    monkeypatch.setattr(train_command, "warn", said.append)
+    rehearse(2, lambda group: train_command._resumed(args, group))
+    assert len(said) == 1 and path.name in said[0]
+
+
 def test_a_long_fact_is_cut_to_what_differs():
     def work(group):
         words = [f"+feature{k}" for k in range(40)]
@@ -249,6 +288,29 @@ def test_only_the_first_gets_a_whole_tensor():
 
     with pytest.raises(TypeError, match=r"collect\(\): this is rank 1"):
         rehearse(2, work)
+
+
+def test_a_tensor_of_another_shape_is_not_kept():
+    """A single number would be spread over a part of it."""
+
+    def work(group):
+        m = new_model(RUN, 257, group).memory["m"]["wte"]
+        put(m, np.ones((1, 1), np.float32))
+
+    with pytest.raises(ValueError, match=r"put: values must have shape"):
+        rehearse(2, work)
+
+
+def test_an_array_that_mpi_cannot_count_is_refused():
+    group = Machines.__new__(Machines)
+    group._mpi = SimpleNamespace(Get_version=lambda: (3, 1))
+    spans = [(0, 9), (9, 2**31)]
+    for call in (
+        lambda: group.spread(None, spans),
+        lambda: group.exchange(None, None, spans, [True, True]),
+    ):
+        with pytest.raises(ValueError, match="over MPI 3.1 sends .* 2,147,48"):
+            call()
 
 
 def test_a_thread_that_returns_early_is_named():
