@@ -74,7 +74,7 @@ def _run(args, group):
         check_range(name, getattr(args, name), 0)
     named, path = model_of(args)
     set_threads(args)
-    cfg, encoding = with_tokenizer(path, args)
+    cfg, encoding = with_tokenizer(path, args, group.first)
     context = min(args.seq_len or cfg.max_seq_len, cfg.max_seq_len)
     say("model", path)
     if group.first:

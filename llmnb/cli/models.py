@@ -31,8 +31,10 @@ def model_of(args):
 
 
 # which tokenizer
-def with_tokenizer(path, args):
+def with_tokenizer(path, args, aloud=True):
     """A model's configuration, for the tokenizer asked for or its own.
+
+    aloud: whether to say which of its tokens are left out, if any.
 
     Derived in chapter 4.25.
     """
@@ -40,7 +42,7 @@ def with_tokenizer(path, args):
     name = args.tokenizer or tokenizer_of(path, cfg.vocab_size)
     encoding = open_encoding(name)
     few = without_padding(path, cfg, encoding.n_vocab, name)
-    if few != cfg:
+    if aloud and few != cfg:
         remark(
             f"{path} has {cfg.vocab_size} tokens, the tokenizer {name} knows "
             f"{encoding.n_vocab}: the others are left out"

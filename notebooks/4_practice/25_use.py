@@ -70,13 +70,16 @@ def model_of(args):
 
 
 # %% which tokenizer tags=["export"] module="cli.models"
-def with_tokenizer(path, args):
-    """A model's configuration, for the tokenizer asked for or its own."""
+def with_tokenizer(path, args, aloud=True):
+    """A model's configuration, for the tokenizer asked for or its own.
+
+    aloud: whether to say which of its tokens are left out, if any.
+    """
     cfg = read_config(path)
     name = args.tokenizer or tokenizer_of(path, cfg.vocab_size)
     encoding = open_encoding(name)
     few = without_padding(path, cfg, encoding.n_vocab, name)
-    if few != cfg:
+    if aloud and few != cfg:
         remark(
             f"{path} has {cfg.vocab_size} tokens, the tokenizer {name} knows "
             f"{encoding.n_vocab}: the others are left out"
@@ -449,7 +452,7 @@ def _run(args, group):
         check_range(name, getattr(args, name), 0)
     named, path = model_of(args)
     set_threads(args)
-    cfg, encoding = with_tokenizer(path, args)
+    cfg, encoding = with_tokenizer(path, args, group.first)
     context = min(args.seq_len or cfg.max_seq_len, cfg.max_seq_len)
     say("model", path)
     if group.first:

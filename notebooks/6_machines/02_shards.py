@@ -80,6 +80,7 @@ from llmnb.arena import put
 from llmnb.checks import check_fit
 from llmnb.cpu.adamw import PIECES, piece_length, shrink, squares
 from llmnb.model.gpt2 import GPT2
+from llmnb.shapes import shapes
 from llmnb.train.exchange import exchange, shards
 from llmnb.train.group import ALONE
 
@@ -152,8 +153,8 @@ class Sharded(GPT2):
         return type(cls.__name__, (cls,), {"group": group})
 
     def _allocate(self, layout):
-        dtype, shapes = layout["params"]
-        size = sum(map(math.prod, shapes.values()))
+        dtype, named = layout["params"]
+        size = sum(map(math.prod, named.values()))
         self.shards = shards(size, self.group.size)
         start, stop = self.shards[self.group.rank]
         own = dtype, {"shard": (stop - start,)}
@@ -161,7 +162,7 @@ class Sharded(GPT2):
         for kind in ("m", "v"):
             tensors, at = self.memory[kind], 0
             shard = tensors.pop("shard")
-            for name, shape in shapes.items():
+            for name, shape in named.items():
                 tensors[name] = self._spread(shard, at, shape)
                 at += math.prod(shape)
 
@@ -190,6 +191,7 @@ class Sharded(GPT2):
         """This process's shard of params or grads."""
         return self.memory.flat(kind)[slice(*self.shards[self.group.rank])]
 
+    @shapes("-, above 0")
     def clip_gradients(self, max_norm):
         """As GPT2.clip_gradients, of the sum over the group."""
         self._check_gradients("clip_gradients")

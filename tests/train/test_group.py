@@ -19,7 +19,9 @@ from runs import (
 
 from llmnb.arena import put
 from llmnb.cli import train as train_command
+from llmnb.cli.__main__ import _parsed
 from llmnb.cli.together import together as together_within
+from llmnb.config import GPT2Config
 from llmnb.model.gpt2 import GPT2
 from llmnb.train import run as run_module
 from llmnb.train.exchange import blocks_of, exchange, shards
@@ -266,6 +268,18 @@ def test_one_speaks_of_what_is_damaged(tmp_path, monkeypatch):
     assert len(said) == 1 and path.name in said[0]
 
 
+def test_one_speaks_of_tokens_that_are_left_out(tmp_path, monkeypatch):
+    model, page = tmp_path / "a.bin", tmp_path / "a.txt"
+    page.write_text("a page " * 20)
+    GPT2(GPT2Config(16, 300, 1, 2, 16), 1, 16, seed=1).save_checkpoint(model)
+    words = ["eval", str(model), "--text", str(page), "--tokenizer", "byte"]
+    command, args = _parsed(words)
+    said = []
+    monkeypatch.setattr("llmnb.cli.models.remark", said.append)
+    rehearse(2, lambda group: command._run(args, group))
+    assert len(said) == 1 and "the others are left out" in said[0]
+
+
 def test_a_long_fact_is_cut_to_what_differs():
     def work(group):
         words = [f"+feature{k}" for k in range(40)]
@@ -287,6 +301,19 @@ def test_only_the_first_gets_a_whole_tensor():
         np.asarray(m)
 
     with pytest.raises(TypeError, match=r"collect\(\): this is rank 1"):
+        rehearse(2, work)
+
+
+@pytest.mark.parametrize("limit", [0.0, -1.0, float("nan")])
+def test_a_limit_of_the_norm_is_above_0(limit):
+    """One below it would turn the gradient round."""
+
+    def work(group):
+        model, batches = new_model(RUN, 257, group), loaders(RUN, small_data())
+        accumulate(RUN, model, batches[0])
+        model.clip_gradients(limit)
+
+    with pytest.raises(ValueError, match="max_norm must be"):
         rehearse(2, work)
 
 
