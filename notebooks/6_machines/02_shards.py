@@ -668,7 +668,8 @@ def together(group):
         try:
             yield
         except BaseException as error:
-            time.sleep(min(2 * group.rank, 6))
+            with contextlib.suppress(KeyboardInterrupt):  # a second one
+                time.sleep(min(2 * group.rank, 6))
             bug = isinstance(error, Exception)
             bug = bug and not isinstance(error, USER_ERRORS)
             if bug or "LLMNB_TRACEBACK" in os.environ:

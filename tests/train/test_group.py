@@ -382,6 +382,20 @@ def test_who_leaves_early_ends_all(error, said):
     assert group.said[1:] == ["goodbye"]
 
 
+def test_a_second_interrupt_ends_all_at_once(monkeypatch):
+    """It must not end this process alone, while the others wait for it."""
+
+    def again(seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("llmnb.cli.together.time.sleep", again)
+    group = Ended()
+    group.rank = 1
+    with pytest.raises(ValueError), together_within(group):
+        raise ValueError("a seed")
+    assert group.said == ["rank 1 here: a seed"]
+
+
 def test_who_is_silent_may_say_anything():
     """A file whose name is not UTF-8, which the first shows, ends no group."""
     group = Ended()
