@@ -9,6 +9,7 @@ import ast
 import re
 import shutil
 import zipfile
+from pathlib import Path
 from posixpath import dirname, join, normpath
 from urllib.parse import unquote, urldefrag
 from xml.etree import ElementTree
@@ -215,6 +216,8 @@ def test_the_epub_paints_nothing_but_shapes_and_letters(trees):
 
 # Plain notebooks, and notebooks to fill in
 
+AWAY = re.compile(r"\]\((?!http)[^)]*\.md\b")
+
 
 def code_cells(book):
     return [x for x in book.cells if x.cell_type == "code"]
@@ -229,7 +232,9 @@ def test_a_chapter_loses_its_markup_and_its_bodies(path):
         if cell.cell_type != "code":
             prose = re.sub(r"```.*?```|`[^`]*`", "", cell.source, flags=re.S)
             assert ":::" not in prose
-            assert not re.search(r"\]\((?!http)[^)]*\.md\b", prose)
+            assert not AWAY.search(prose)
+    for output in (x for cell in code_cells(plain) for x in cell.outputs):
+        assert not AWAY.search(output.get("data", {}).get("text/markdown", ""))
     book = practice.plain(path, practice=True)
     full_cells = {x.id: x.source for x in notebook.from_source(path).cells}
     marked = [x for x in code_cells(book) if "# exported to" in x.source]
@@ -290,6 +295,17 @@ def test_an_empty_function_asks_for_its_body():
     book = practice.plain(LAYERNORM, practice=True)
     with pytest.raises(CellExecutionError, match="your code here"):
         notebook.run(book, LAYERNORM.parent)
+
+
+def test_a_chapters_way_to_its_files_may_be_taken_twice(tmp_path, monkeypatch):
+    way = practice.GO.format("1_by_hand")
+    there, here = tmp_path / "notebooks", tmp_path / "build" / "practice"
+    for folder in (there, here):
+        (folder / "1_by_hand").mkdir(parents=True)
+    monkeypatch.chdir(here / "1_by_hand")
+    for _ in range(2):
+        exec(way, {})
+        assert Path.cwd() == there / "1_by_hand"
 
 
 def test_an_import_of_the_chapters_own_names_leads_to_the_notebook():

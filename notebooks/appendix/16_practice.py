@@ -201,7 +201,8 @@ GO = """\
 # this chapter reads files of the repository
 import os
 
-os.chdir("../../../notebooks/{}")"""
+if not os.path.exists("../../notebooks"):  # or this cell has run before
+    os.chdir("../../../notebooks/{}")"""
 
 
 def plain_cell(cell, chapter, practice):
@@ -219,6 +220,10 @@ def plain_cell(cell, chapter, practice):
         if tags & EXPORTED or solves:
             cell.source = blank(cell.source)
         cell.source = own_imports(cell.source, chapter.modules)
+    for output in cell.outputs:
+        data = output.get("data", {})
+        if "text/markdown" in data:
+            data["text/markdown"] = plain_text(data["text/markdown"])
     if tags & EXPORTED:
         cell.source = f"# exported to llmnb.{module}\n{cell.source}"
 
