@@ -899,7 +899,8 @@ class Contestant:
 
     def _kill(self, late=True):
         self._late = late
-        with suppress(ProcessLookupError):
+        # macOS says of a process that has ended that one may not end it
+        with suppress(ProcessLookupError, PermissionError):
             if os.name == "posix":
                 os.killpg(self._process.pid, signal.SIGKILL)
             else:
@@ -1124,24 +1125,23 @@ def race_starts(specs, settings, bar=iter):
     contestant starts cold and then warm. Returns a list of rows, dicts:
     name; cold and warm, lists of seconds, or unmeasured.
     """
-    starts = {k: partial(_start, k, x, settings) for k, x in specs.items()}
-    turns = take_turns(starts, bar(range(STARTS)))
-    return [
-        {"name": name} | (each[0] if "unmeasured" in each[0] else by_key(each))
-        for name, each in turns.items()
-    ]
+    starts = {
+        k: partial(_or_why, _start, k, x, settings) for k, x in specs.items()
+    }
+    rows = []
+    for name, each in take_turns(starts, bar(range(STARTS))).items():
+        why = next((x for x in each if "unmeasured" in x), None)
+        rows.append({"name": name} | (why or by_key(each)))
+    return rows
 
 
 def _start(name, spec, settings):
-    """Seconds of a cold start and of a warm one, or why there are none."""
+    """Seconds of a cold start and of a warm one."""
     seconds = {}
     with tempfile.TemporaryDirectory() as cache:
         for kind in ("cold", "warm"):
             begin = time.perf_counter()
-            runner = _or_why(Contestant, name, spec, settings, cache)
-            if isinstance(runner, dict):
-                return runner
-            with closing(runner):
+            with closing(Contestant(name, spec, settings, cache)) as runner:
                 runner.step()
                 seconds[kind] = time.perf_counter() - begin
     return seconds

@@ -197,6 +197,19 @@ def test_a_contestant_that_is_ended(runner):
         runner.step()
 
 
+@pytest.mark.skipif(os.name != "posix", reason="there are no groups")
+def test_who_has_ended_is_closed_on_macos_too(runner, monkeypatch):
+    """There the system refuses to end what has ended."""
+    runner.finish()
+
+    def refuse(*args):
+        raise PermissionError
+
+    monkeypatch.setattr(os, "killpg", refuse)
+    runner.close()
+    assert runner._process.returncode == 0
+
+
 @pytest.mark.parametrize(
     ("others", "error", "message"),
     [
@@ -457,6 +470,11 @@ def test_who_cannot_race(settings, error, message):
         lineup(Settings(**settings))
 
 
+def test_a_group_that_measures_nothing():
+    with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
+        bench_group(ALONE, TINY, FP32._replace(steps=0))
+
+
 def test_who_races_on_a_gpu():
     against = "torch", "torch-tf32", "torch-compile-tf32"
     specs = lineup(Settings(("fp32", "tf32"), against, backend="cuda"))
@@ -559,6 +577,29 @@ def test_starts(monkeypatch):
     assert seen == once * 2
     assert row["name"] == "llmnb fp32"
     assert len(row["cold"]) == len(row["warm"]) == 2
+
+
+@pytest.mark.parametrize("last", [1, 3])
+def test_who_does_not_start_stops_nobody(last, monkeypatch):
+    """Whether it fails at its first step, or at one of a later start."""
+    made = Counter()
+
+    class Runner:
+        def __init__(self, name, spec, settings, cache):
+            self.name = name
+
+        def step(self):
+            made[self.name] += 1
+            if self.name == "a" and made["a"] >= last:
+                raise ChildProcessError("a: out of memory")
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(race, "Contestant", Runner)
+    a, b = race.race_starts({"a": {}, "b": {}}, Settings())
+    assert a == {"name": "a", "unmeasured": "a: out of memory"}
+    assert len(b["cold"]) == len(b["warm"]) == race.STARTS
 
 
 def test_a_real_start(monkeypatch):
