@@ -8,7 +8,7 @@ __all__ = ["cores", "fastest", "machine"]
 # imports of the stopwatch
 import os
 import platform
-import time
+import timeit
 from pathlib import Path
 
 
@@ -21,12 +21,7 @@ def fastest(function, *args, runs=15):
 
     Derived in chapter A.11.
     """
-    best = float("inf")
-    for _ in range(runs):
-        start = time.perf_counter()
-        function(*args)
-        best = min(best, time.perf_counter() - start)
-    return best
+    return min(timeit.repeat(lambda: function(*args), number=1, repeat=runs))
 
 
 # the machine's name

@@ -3,10 +3,12 @@
 import json
 import re
 
+import numpy as np
 import pytest
 
 from llmnb.book import notebook
 from llmnb.book.export import ROOT
+from llmnb.book.verify import compare
 
 SOURCES = sorted((ROOT / "notebooks").glob("*/[0-9]*.py"))
 SOURCE = """# %% [markdown]
@@ -42,6 +44,23 @@ def test_building_again_changes_nothing(built):
     before = built.with_suffix(".ipynb").read_bytes()
     notebook.build(built)
     assert built.with_suffix(".ipynb").read_bytes() == before
+
+
+@pytest.mark.parametrize("check", [[], ["--check"]])
+def test_a_chapter_that_is_not_there_is_no_success(check, monkeypatch):
+    monkeypatch.setattr(notebook, "build", lambda path: None)
+    with pytest.raises(SystemExit, match="no chapter 1.99: 1.1, 1.2,"):
+        notebook.main(["1.6", "1.99", *check])
+
+
+def test_a_proof_is_not_passed_by_integers_that_wrap():
+    compare("equal", np.int8([-128, 0]), np.int8([-128, 0]))
+    compare("one", 3, 3)
+    for got, want in ((-128, 0), (127, -1)):
+        with pytest.raises(AssertionError):
+            compare("far", np.int8([got]), np.int8([want]))
+    with pytest.raises(AssertionError):
+        compare("truths", np.array([True]), np.array([False]))
 
 
 @pytest.mark.parametrize(

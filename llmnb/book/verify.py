@@ -32,7 +32,8 @@ def compare(name, got, want, tol=1e-5):
 
     Derived in chapter A.11.
     """
-    got, want = np.asarray(got), np.asarray(want)
+    # no integers, whose differences may wrap around
+    got, want = 1.0 * np.asarray(got), 1.0 * np.asarray(want)
     claim = f"max|diff| < {tol:.0e}"
     if got.shape != want.shape:
         verdict(name, False, f"shape {want.shape}, got {got.shape}")

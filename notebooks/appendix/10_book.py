@@ -1016,11 +1016,10 @@ def main(argv=None):
     parser.add_argument("--check", action="store_true", help="run nothing")
     parser.add_argument("chapters", nargs="*", help="such as 1.6; default all")
     args = parser.parse_args(argv)
-    paths = [
-        path
-        for path in sources(ROOT / "notebooks")
-        if not args.chapters or chapter_label(path) in args.chapters
-    ]
+    every = {chapter_label(path): path for path in sources(ROOT / "notebooks")}
+    for label in {*args.chapters} - {*every}:
+        sys.exit(f"there is no chapter {label}: {', '.join(every)}")
+    paths = [every[label] for label in args.chapters or every]
     if args.check:
         found = [line for p in paths for line in defects(p)]
         sys.exit("\n".join([*found, "run `make notebooks`"]) if found else 0)

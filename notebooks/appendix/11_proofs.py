@@ -271,7 +271,8 @@ def compare(name, got, want, tol=1e-5):
     that exceeds 1. Shapes that differ and NaN count as failure, which prints
     FAIL with the difference and raises AssertionError.
     """
-    got, want = np.asarray(got), np.asarray(want)
+    # no integers, whose differences may wrap around
+    got, want = 1.0 * np.asarray(got), 1.0 * np.asarray(want)
     claim = f"max|diff| < {tol:.0e}"
     if got.shape != want.shape:
         verdict(name, False, f"shape {want.shape}, got {got.shape}")
@@ -384,7 +385,7 @@ plt.show()
 # %% imports of the stopwatch tags=["export"] module="timing"
 import os
 import platform
-import time
+import timeit
 from pathlib import Path
 
 
@@ -395,12 +396,7 @@ def fastest(function, *args, runs=15):
     Other programs on the machine can only make a run longer, so the
     shortest one says most about the function.
     """
-    best = float("inf")
-    for _ in range(runs):
-        start = time.perf_counter()
-        function(*args)
-        best = min(best, time.perf_counter() - start)
-    return best
+    return min(timeit.repeat(lambda: function(*args), number=1, repeat=runs))
 
 
 # %% the machine's name tags=["export"] module="timing"
