@@ -9,6 +9,7 @@ import ast
 import re
 import shutil
 import zipfile
+from datetime import UTC, datetime
 from pathlib import Path
 from posixpath import dirname, join, normpath
 from urllib.parse import unquote, urldefrag
@@ -212,6 +213,15 @@ def test_the_epub_paints_nothing_but_shapes_and_letters(trees):
             found = PAINT & {*x.attrib}
             assert not found or kind in PAINTED, (name, kind, found)
     assert {"path", "use", "image"} <= kinds
+
+
+def test_an_epub_that_cannot_be_written_leaves_the_old_one(tmp_path):
+    path = tmp_path / "book.epub"
+    path.write_bytes(b"old")
+    with pytest.raises(TypeError):
+        epub.write_epub(path, {"a.css": 3}, [], datetime.now(UTC))
+    assert [x.name for x in tmp_path.iterdir()] == ["book.epub"]
+    assert path.read_bytes() == b"old"
 
 
 # Plain notebooks, and notebooks to fill in

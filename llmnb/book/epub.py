@@ -23,6 +23,7 @@ from uuid import NAMESPACE_URL, uuid5
 from llmnb.book.pages import (
     BUILT, ROOT, TITLE, open_browser, open_page, read_contents,
 )
+from llmnb.files import replacing
 
 
 # one page, cleared
@@ -96,7 +97,7 @@ TAKE = """names => {
         .forEach(x => x.remove());
     for (const x of all("a")) {
         const url = x.href.split("#")[0], place = x.hash;
-        if (x.href in names || url in names)
+        if (url in names)
             x.setAttribute("href", names[url] + place);
         else if (!/^https?:/.test(x.href)) x.replaceWith(...x.childNodes);
     }
@@ -283,7 +284,8 @@ def write_epub(path, files, entries, when):
     )
     whole = {"META-INF/container.xml": CONTAINER, "book/package.opf": package}
     whole |= {f"book/{name}": data for name, data in files.items()}
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as z:
+    how = "w", zipfile.ZIP_DEFLATED
+    with replacing(path) as file, zipfile.ZipFile(file, *how) as z:
         # the first file says what the zip is, and is not packed
         z.writestr("mimetype", "application/epub+zip", zipfile.ZIP_STORED)
         for name, data in whole.items():

@@ -18,6 +18,7 @@ from urllib.parse import unquote
 from llmnb.book.pages import (
     BUILT, ROOT, TITLE, Entry, open_browser, open_page, read_contents,
 )
+from llmnb.files import replacing
 
 
 # one chapter on paper
@@ -239,7 +240,9 @@ def make_pdf(built, path, part=""):
         fill = "x => document.querySelector('article').innerHTML = x"
         page.evaluate(fill, front_matter(built, printed, part))
         front = print_page(page, "Contents", 1, "lower-roman")
-    merge(PdfReader(io.BytesIO(front)), printed, built).write(path)
+    whole = merge(PdfReader(io.BytesIO(front)), printed, built)
+    with replacing(path) as file:
+        whole.write(file)
 
 
 def main(argv=None):

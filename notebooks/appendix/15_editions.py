@@ -189,6 +189,7 @@ from llmnb.book.pages import (
     open_page,
     read_contents,
 )
+from llmnb.files import replacing
 
 # %% one chapter on paper tags=["exporti"] module="book.pdf"
 PAPER = """
@@ -440,7 +441,9 @@ def make_pdf(built, path, part=""):
         fill = "x => document.querySelector('article').innerHTML = x"
         page.evaluate(fill, front_matter(built, printed, part))
         front = print_page(page, "Contents", 1, "lower-roman")
-    merge(PdfReader(io.BytesIO(front)), printed, built).write(path)
+    whole = merge(PdfReader(io.BytesIO(front)), printed, built)
+    with replacing(path) as file:
+        whole.write(file)
 
 
 def main(argv=None):
@@ -489,6 +492,7 @@ from llmnb.book.pages import (
     open_page,
     read_contents,
 )
+from llmnb.files import replacing
 
 # %% one page, cleared tags=["exporti"] module="book.epub"
 # names: a dict from a page's address to its file in the ePub; returns the
@@ -561,7 +565,7 @@ TAKE = """names => {
         .forEach(x => x.remove());
     for (const x of all("a")) {
         const url = x.href.split("#")[0], place = x.hash;
-        if (x.href in names || url in names)
+        if (url in names)
             x.setAttribute("href", names[url] + place);
         else if (!/^https?:/.test(x.href)) x.replaceWith(...x.childNodes);
     }
@@ -770,7 +774,8 @@ def write_epub(path, files, entries, when):
     )
     whole = {"META-INF/container.xml": CONTAINER, "book/package.opf": package}
     whole |= {f"book/{name}": data for name, data in files.items()}
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as z:
+    how = "w", zipfile.ZIP_DEFLATED
+    with replacing(path) as file, zipfile.ZipFile(file, *how) as z:
         # the first file says what the zip is, and is not packed
         z.writestr("mimetype", "application/epub+zip", zipfile.ZIP_STORED)
         for name, data in whole.items():
