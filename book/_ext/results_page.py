@@ -135,21 +135,19 @@ def title(result, found=()):
     return text
 
 
-def turned(lines):
+def turned(rows):
     """A Markdown table with a line a number and a column a contestant.
 
-    So it fits a page, and a phone: there are more numbers than
-    contestants. Left out are lines without numbers, and of zeros alone.
+    rows: a dict a contestant, whose name comes first. So it fits a page, and
+    a phone: there are more numbers than contestants. Left out are lines
+    without numbers, and of zeros alone.
     """
-    cells = [[x.strip() for x in line[2:-2].split(" | ")] for line in lines]
-    del cells[1]  # the rule under the head
-    head, *rows = zip(*cells, strict=True)
-    rows = [x for x in rows if any(re.search("[1-9]", y) for y in x[1:])]
-    names = [f"`{x}`" if "_" in x else x for x in head[1:]]
-    what = [x.replace("_", " ") for x, *_ in rows]
+    names, *numbers = zip(*(row.values() for row in rows), strict=True)
+    names = ["", *(f"`{x}`" if "_" in x else x for x in names)]
     return table([
-        {"": name} | dict(zip(names, row[1:], strict=True))
-        for name, row in zip(what, rows, strict=True)
+        dict(zip(names, [what.replace("_", " "), *cells], strict=True))
+        for what, cells in zip([*rows[0]][1:], numbers, strict=True)
+        if any(re.search("[1-9]", x) for x in cells)
     ])  # fmt: skip
 
 
@@ -158,11 +156,8 @@ def contest_lines(contest, said):
 
     said: the reasons for missing times that the section has given.
     """
-    lines = [*summary(contest)]
-    there = [x for x in lines if x.startswith("|")]
-    if there:
-        place = lines.index(there[0])
-        lines[place : place + len(there)] = turned(there)
+    lines = [*summary(contest, turned)]
+    there = any(x.startswith("|") for x in lines)
     for line in lines if there else []:
         missing = line.startswith("Not measured:")
         if not missing or (line not in said and "no GPU" not in line):
