@@ -18,6 +18,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from sphinx.util.images import get_image_size
+from tinycss2 import parse_rule_list, parse_stylesheet, serialize
 
 MATHJAX = Path(str(files("sphinx-mathjax-offline"))) / "static/mathjax"
 # startup comes first and starts MathJax when the rest has run
@@ -148,43 +149,28 @@ def keep_tuples(match):
 # Styles
 
 
-def rules(css):
-    """Cut a style sheet into pairs: what stands before a block, the block."""
-    start = depth = 0
-    head = ""
-    for i, c in enumerate(css):
-        if c == ";" and depth == 0:
-            yield css[start : i + 1], None
-            start = i + 1
-        elif c == "{":
-            if depth == 0:
-                head, start = css[start:i], i + 1
-            depth += 1
-        elif c == "}":
-            depth -= 1
-            if depth == 0:
-                yield head, css[start:i]
-                start = i + 1
-
-
 def prune(css, words):
     """Leave out the rules whose classes stand on no page and in no script."""
-    kept = []
-    for head, block in rules(css):
-        name = head.strip()
-        if block is None:
-            kept += [] if name.startswith(("@charset", "@import")) else [head]
-        elif name.startswith(("@media", "@supports")):
-            inside = prune(block, words)
-            kept += [f"{head}{{{inside}}}"] if inside.strip() else []
-        elif name.startswith("@"):
-            icons = "fontawesome" in block or "keyframes fa-" in name
-            kept += [] if icons else [f"{head}{{{block}}}"]
-        else:
-            parts = re.split(r",(?![^()]*\))", name)
+    return "".join(kept(parse_stylesheet(css, True, True), words))
+
+
+def kept(rules, words):
+    """The text of each rule that may hold for some page."""
+    for rule in rules:
+        if rule.type == "qualified-rule":
+            parts = re.split(r",(?![^()]*\))", serialize(rule.prelude).strip())
             parts = [x for x in parts if is_used(x, words)]
-            kept += [f"{','.join(parts)}{{{block}}}"] if parts else []
-    return "".join(kept)
+            if parts:
+                yield f"{','.join(parts)}{{{serialize(rule.content)}}}"
+        elif rule.at_keyword in ("media", "supports"):
+            inside = kept(parse_rule_list(rule.content, True, True), words)
+            if inside := "".join(inside):
+                head = f"@{rule.at_keyword}{serialize(rule.prelude)}"
+                yield f"{head}{{{inside}}}"
+        elif rule.at_keyword not in ("charset", "import"):
+            text = rule.serialize()
+            if "fontawesome" not in text and "keyframes fa-" not in text:
+                yield text
 
 
 def is_used(selector, words):
