@@ -13,7 +13,8 @@ from pathlib import Path
 from docutils import nodes
 from folds import code_cells
 
-MIME = "application/vnd.llmnb.figure+json"
+from llmnb.book.moving import MIME
+
 SHOWN = ("display_data", "execute_result")
 
 

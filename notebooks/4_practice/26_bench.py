@@ -342,6 +342,7 @@ from pathlib import Path
 
 from llmnb.bench.bench import CONFIGS, bench, bench_writers
 from llmnb.bench.contest import kernel_contests
+from llmnb.bench.ladders import ladder_named
 from llmnb.bench.race import PEERS, Settings
 from llmnb.bench.report import bars_figure, layers_figure, report
 from llmnb.cli.options import GroupOptions, ThreadOptions, fields_of
@@ -460,6 +461,8 @@ def _steps(args):
     gpu = args.backend == "cuda"
     if args.kernels is not None and not gpu:
         raise ValueError("--kernels needs a GPU: add --backend cuda")
+    for layer in args.kernels or ():  # before minutes are spent on steps
+        ladder_named(layer)
     settings = _settings(args, ("fp32", "tf32" if gpu else "bf16"))
     bar = partial(progress_bar, unit="round", leave=False)
     keep = partial(_keep, args)

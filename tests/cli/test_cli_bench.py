@@ -48,6 +48,14 @@ def test_bench_prints_json(done):
     assert row["name"] == "llmnb fp32" and row["threads"] == 1
 
 
+def test_a_layer_that_is_not_there_costs_no_minutes(failed, monkeypatch):
+    monkeypatch.setattr(bench_command, "bench", raising(OSError, "steps"))
+    args = ["--config", "small", "--backend", "cuda", "--kernels", "matmul"]
+    assert "no layer 'matmul': choose from encoder_for" in failed(
+        "bench", *args
+    )
+
+
 @pytest.mark.parametrize(("word", "kept"), [
     ("/a/b.json", "b.json"),
     ("llmc=../c/d", "llmc=d"),
