@@ -184,13 +184,7 @@ def _rivals(ladder, there):
     elif ladder.library:
         for name, run in ladder.library().items():
             runs[name] = functools.partial(run, *there.values())
-    try:
-        torch = torch_on("cuda")
-    except (ImportError, NotImplementedError) as why:
-        found["torch"] = {"unmeasured": str(why)}
-    else:
-        tensors = SimpleNamespace(**_tensors(torch, there))
-        runs["torch"] = prepared(ladder, torch, tensors)
+    runs["torch"] = prepared(ladder, there, _tensors)
     good, others = tried(runs)
     return good, found | others
 
@@ -302,9 +296,17 @@ def torch_or_none():
         return None
 
 
-def prepared(ladder, torch, tensors):
-    """PyTorch's operation, which its first call makes ready."""
-    ready = functools.cache(functools.partial(ladder.torch, torch, tensors))
+def prepared(ladder, there, tensors):
+    """PyTorch's operation on our arrays, which its first call makes ready.
+
+    tensors: a function of torch and the arrays that gives its view of them.
+    """
+
+    @functools.cache
+    def ready():
+        torch = torch_on("cuda")
+        return ladder.torch(torch, SimpleNamespace(**tensors(torch, there)))
+
     return lambda: ready()()
 
 

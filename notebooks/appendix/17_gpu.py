@@ -441,13 +441,13 @@ def ask_halves(result, sizes, judging):
 
 
 def _half_tools():
-    """A clock, PyTorch or None, and the limit, 0 where it cannot be had."""
+    """A clock, and the limit, 0 where it cannot be had."""
     clock, peak = Clock(), 0
     try:
         peak = mma_peak(clock)
     except Exception:  # the layers are timed without
         traceback.print_exc(file=sys.stdout)
-    return clock, torch_or_none(), peak
+    return clock, peak
 
 
 # %% one layer in bfloat16 tags=["exporti"] module="bench.gpu"
@@ -455,7 +455,7 @@ def _half_rows(layer, sizes, tools, judging, contest):
     """The rows of a layer by name; fills in what the contest is about."""
     from llmnb import cuda as layers
 
-    (clock, torch, contest["limit"]), ladder = tools(), ladder_named(layer)
+    (clock, contest["limit"]), ladder = tools(), ladder_named(layer)
     sizes = _fitted(ladder, sizes, contest)
     contest["work"] = ladder.flops(sizes)
     drawn = half_arguments(ladder, sizes)
@@ -480,11 +480,8 @@ def _half_rows(layer, sizes, tools, judging, contest):
             row["unmeasured"] = f"wrong: {row['worst']:.0e} from float64"
             why = {"unmeasured": "ours has failed"}
             return {"llmnb bf16": row, "torch bf16": why}
-    rivals, found = {}, {"torch bf16": {"unmeasured": "no PyTorch"}}
-    if torch:
-        tensors = SimpleNamespace(**_half_tensors(torch, there))
-        rivals["torch bf16"] = prepared(ladder, torch, tensors)
-        rivals, found = tried(rivals)
+    rival = prepared(ladder, there, _half_tensors)
+    rivals, found = tried({"torch bf16": rival})
     times = in_turns(clock, {"llmnb bf16": run} | rivals, budget=0.5)
     found |= {name: {"seconds": x} for name, x in times.items()}
     found["llmnb bf16"] |= row

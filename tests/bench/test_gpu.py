@@ -184,8 +184,7 @@ def test_layers_are_timed_where_their_limit_fails(monkeypatch):
 
     monkeypatch.setattr(gpu, "Clock", lambda: "a clock")
     monkeypatch.setattr(gpu, "mma_peak", fail)
-    monkeypatch.setattr(gpu, "torch_or_none", lambda: None)
-    assert gpu._half_tools() == ("a clock", None, 0)
+    assert gpu._half_tools() == ("a clock", 0)
 
 
 @pytest.mark.parametrize("ladder", LADDERS, ids=NAMES)
