@@ -260,13 +260,16 @@ def decoded(encoding, tokens):
     """Yield the text of an iterable of tokens, piece by piece.
 
     encoding: a tiktoken.Encoding. Bytes that form no character become the
-    replacement character, at the latest at the end.
+    replacement character, at the latest at the end; so does a token that
+    the encoding has not.
 
     Derived in chapter 1.19.
     """
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     for token in tokens:
-        piece = decoder.decode(encoding.decode_single_token_bytes(token))
+        known = token < encoding.n_vocab
+        raw = encoding.decode_single_token_bytes(token) if known else b"\xff"
+        piece = decoder.decode(raw)
         if piece:
             yield piece
     piece = decoder.decode(b"", final=True)

@@ -640,7 +640,9 @@ def _continue(model, texts, count, settings, seeds, stop):
 # %% [markdown]
 # A token may end in the middle of a character: the two bytes of `é` can be two
 # tokens. An incremental decoder holds the first byte back until the second arrives,
-# so that text can be printed while it is written.
+# so that text can be printed while it is written. Many models have some more rows than
+# their tokenizer has tokens. No text has taught them, yet one may be drawn; it has no
+# bytes, so it becomes a byte that no character has.
 
 
 # %% tokens become text tags=["export"]
@@ -648,11 +650,14 @@ def decoded(encoding, tokens):
     """Yield the text of an iterable of tokens, piece by piece.
 
     encoding: a tiktoken.Encoding. Bytes that form no character become the
-    replacement character, at the latest at the end.
+    replacement character, at the latest at the end; so does a token that
+    the encoding has not.
     """
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     for token in tokens:
-        piece = decoder.decode(encoding.decode_single_token_bytes(token))
+        known = token < encoding.n_vocab
+        raw = encoding.decode_single_token_bytes(token) if known else b"\xff"
+        piece = decoder.decode(raw)
         if piece:
             yield piece
     piece = decoder.decode(b"", final=True)

@@ -283,3 +283,10 @@ def test_decoded_waits_for_the_whole_character():
     encoding = tokenizer.byte()
     assert list(decoded(encoding, "é€".encode())) == ["é", "€"]
     assert list(decoded(encoding, b"a\xffb\xc3")) == ["a", "�", "b", "�"]
+
+
+def test_a_row_without_a_token_can_be_printed():
+    """Many models have more rows than their tokenizer has tokens."""
+    encoding = tokenizer.byte()
+    assert encoding.n_vocab == 257
+    assert list(decoded(encoding, [97, 257, 98])) == ["a", "\ufffd", "b"]
