@@ -319,7 +319,12 @@ def tokenizer_beside(folder):
 
     Derived in chapter 4.6.
     """
-    paths = (folder / name for name in TOKENIZER_FILES)
+    from llmnb.formats.families import family_of  # Part 5
+
+    described, names = folder / "config.json", [*TOKENIZER_FILES]
+    if described.is_file() and family_of(described):
+        names.append(names.pop(names.index("vocab.json")))
+    paths = (folder / name for name in names)
     return next((path for path in paths if path.is_file()), None)
 
 
@@ -368,14 +373,15 @@ def _open_json(path):
     ours = None
     with suppress(ValueError):
         ours = read_tokenizer_json(path)
-    if ours and ours.special_tokens_set == {EOT}:
-        return ours
-    try:  # a text may end with another special token
-        return open_foreign(path)
+    try:
+        theirs = open_foreign(path)
     except ValueError:
         if ours is None:
             raise
         return ours
+    # a text may end with another special token, or one that ours leaves out
+    alike = ours and ours.special_tokens_set == {EOT}
+    return ours if alike and ours.eot_token == theirs.eot_token else theirs
 
 
 # a tokenizer kept in a folder

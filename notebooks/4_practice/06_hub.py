@@ -582,6 +582,10 @@ def read_tokenizer_json(path):
 # nothing else tells: many models have 50,257 tokens that are not GPT-2's. So
 # what lies beside the weights is taken. Where nothing does, GPT-2's is certain
 # for one format: llm.c knows no other. Of any other model we ask.
+#
+# A folder may hold several files. `vocab.json` needs no library, so it comes before
+# `tokenizer.json`; but it does not say how a text is cut into words. The models of
+# Part 5 cut it in other ways than GPT-2, so of theirs it is the last choice.
 
 # %% find and open a tokenizer tags=["export"] module="formats.vocabulary"
 # names of tokenizers beside a model
@@ -619,7 +623,12 @@ def tokenizer_of(path, vocab_size):
 
 def tokenizer_beside(folder):
     """The path of a folder's tokenizer, or None."""
-    paths = (folder / name for name in TOKENIZER_FILES)
+    from llmnb.formats.families import family_of  # Part 5
+
+    described, names = folder / "config.json", [*TOKENIZER_FILES]
+    if described.is_file() and family_of(described):
+        names.append(names.pop(names.index("vocab.json")))
+    paths = (folder / name for name in names)
     return next((path for path in paths if path.is_file()), None)
 
 
@@ -666,14 +675,15 @@ def _open_json(path):
     ours = None
     with suppress(ValueError):
         ours = read_tokenizer_json(path)
-    if ours and ours.special_tokens_set == {EOT}:
-        return ours
-    try:  # a text may end with another special token
-        return open_foreign(path)
+    try:
+        theirs = open_foreign(path)
     except ValueError:
         if ours is None:
             raise
         return ours
+    # a text may end with another special token, or one that ours leaves out
+    alike = ours and ours.special_tokens_set == {EOT}
+    return ours if alike and ours.eot_token == theirs.eot_token else theirs
 
 
 # %% a tokenizer kept in a folder tags=["export"] module="formats.vocabulary"

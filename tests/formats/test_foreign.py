@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from llamas import begin_with, byte_level, sentencepiece, write_gguf
 
 from llmnb.formats.foreign import foreign_gguf, foreign_json, open_foreign
+from llmnb.formats.vocabulary import open_encoding, tokenizer_beside
 
 pytest.importorskip("tokenizers")
 
@@ -47,6 +48,33 @@ def theirs():
 def ours(tmp_path_factory):
     """The same, read by us."""
     return foreign_json(folder_of(trained(), tmp_path_factory.mktemp("a")))
+
+
+def test_markup_behind_all_other_tokens(tmp_path):
+    """As in Qwen's; a small vocabulary may merge as GPT-2's does."""
+    theirs = byte_level(TEXT, [], 300)
+    theirs.add_special_tokens(MARKUP)
+    text = "<|im_start|>user\nthe low<|im_end|>"
+    want = theirs.encode(text, add_special_tokens=False).ids
+    ours = open_encoding(folder_of(theirs, tmp_path))
+    assert ours.encode(text, allowed_special="all") == want
+    assert ours.n_vocab == 303 and ours.special_tokens_set == {*MARKUP}
+    assert ours.eot_token == theirs.token_to_id("<|im_end|>")
+
+
+def test_of_another_family_vocab_json_is_the_last_choice(tmp_path):
+    """Qwen's folders hold it, without the markup, beside the whole."""
+    files = "gpt2_tokenizer.bin", "tokenizer.json"
+    for others in files, files[:1], ():
+        folder = tmp_path / str(len(others))
+        folder.mkdir()
+        for file in (*others, "vocab.json"):
+            (folder / file).write_text("{}")
+        for kind in "qwen3", "gpt2", None:
+            described = json.dumps({"model_type": kind})
+            (folder / "config.json").write_text(described)
+            own = others[-1] if others and kind == "qwen3" else "vocab.json"
+            assert tokenizer_beside(folder) == folder / own
 
 
 def test_a_text_has_the_librarys_tokens(ours, theirs):
