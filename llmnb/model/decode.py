@@ -196,7 +196,7 @@ class Decoder:
         for x in _packed(self.cfg):
             weight, bias = np.asarray(params[x.name]), x.name[:-1] + "b"
             for i, panel in enumerate(panels[x.name]):
-                own = np.asarray(params[bias])[i] if self.cfg.bias else None
+                own = np.asarray(params[bias])[i] if bias in params else None
                 cpu.pack_weight(panel, weight[i], own)
         return self
 
