@@ -500,7 +500,10 @@ class GPT2(_Updates):
 
     def _check_logits(self):
         if self._state in ("new", "backward"):
-            raise RuntimeError("GPT2.logits: there are none; call forward")
+            raise RuntimeError(
+                "GPT2.logits: there are none before a forward or after a "
+                "backward; call forward"
+            )
 
     def _check_gradients(self, name):
         if not self._has_gradients:

@@ -262,7 +262,7 @@ def test_calls_out_of_order(backend):
     tokens, targets = batch(TINY, 2, 3)
     before = np.array(model.memory.flat("params"))
     calls = {
-        "logits": (lambda: model.logits, "there are none; call forward"),
+        "logits": (lambda: model.logits, "there are none .* call forward"),
         "backward": (model.backward, r"call forward\(tokens, targets\) first"),
         "update": (model.update, "call backward first"),
         "clip_gradients": (lambda: model.clip_gradients(1.0), "call backward"),
