@@ -510,7 +510,7 @@ def _rope(said, made):
         found["rope_scaling"] = scaling
     local = said.part("sliding_attention", layers)
     theta = local.get("rope_theta", said.found.get("rope_local_base_freq"))
-    if theta is not None and made.family == "gemma3_text":
+    if theta is not None and made.local_theta:
         found["local_theta"] = theta
     if _scaling(said, local):
         said.refuse("rope_parameters", "unscaled where the look is short")
@@ -653,10 +653,6 @@ for settings in bad:
 # there too.
 
 # %% a description, written tags=["export"] module="formats.families"
-_CLASSES = {
-    "llama": "Llama", "mistral": "Mistral", "qwen3": "Qwen3",
-    "gemma": "Gemma", "gemma2": "Gemma2", "gemma3_text": "Gemma3",
-}  # fmt: skip
 # what is not the same absent as null
 _NULLS = {
     "gemma2": ("attn_logit_softcapping", "final_logit_softcapping"),
@@ -671,14 +667,15 @@ def family_description(cfg):
     """
     found = {theirs: getattr(cfg, ours) for ours, theirs in _NAMES.items()}
     found |= {"model_type": cfg.family, "rope_theta": cfg.rope_theta}
-    found["architectures"] = [f"{_CLASSES[cfg.family]}ForCausalLM"]
+    name = cfg.family.removesuffix("_text").capitalize()
+    found["architectures"] = [f"{name}ForCausalLM"]
     act = _ACTIVATIONS[cfg.feedforward][0]
     found |= {"hidden_act": act, "hidden_activation": act}
     found |= {"attention_bias": False, "mlp_bias": False}
     if cfg.rope_scaling:
         names = "rope_type", *_SCALINGS[cfg.rope_scaling[0]]
         found["rope_scaling"] = dict(zip(names, cfg.rope_scaling, strict=True))
-    if cfg.local_theta or cfg.family == "gemma3_text":
+    if cfg.local_theta or type(cfg).local_theta:  # else another is taken
         found["rope_local_base_freq"] = cfg.local_theta or cfg.rope_theta
     scale = cfg.attention_scale or cfg.head_size**-0.5
     if cfg.family in ("gemma2", "gemma3_text"):
@@ -852,7 +849,7 @@ loaded.forward(tokens)
 verdict("logits", np.array_equal(loaded.logits, model.logits), "the same bits")
 
 # %% [markdown]
-# `tests/model/test_families.py` holds eight small models against `transformers`:
+# `tests/model/test_families.py` holds small models against `transformers`:
 # logits, gradients and ten steps of training, read and written both ways.
 #
 # ## Exercise

@@ -273,7 +273,7 @@ def test_what_is_no_gguf_is_said_to_be_what_it_is(tmp_path):
         path.write_bytes(raw)
         refused(says, ours.open_gguf, path)
     write_gguf(path, {"mamba.block_count": 1}, "mamba")
-    refused("one of llama, qwen3.*got 'mamba'", ours.open_gguf, path)
+    refused("one of llama, .*got 'mamba'", ours.open_gguf, path)
 
 
 def test_the_other_order_of_bytes_is_refused(tmp_path):
