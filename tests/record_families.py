@@ -1,6 +1,6 @@
 """Record what transformers computes, for test_families.py to compare with.
 
-    python tests/record_families.py
+    python tests/record_families.py [CASE ...]
 
 needs torch and transformers 5, and writes a folder for each case into
 tests/data/families: config.json as `save_pretrained` writes it,
@@ -10,6 +10,7 @@ casts to float32 inside norms, rotation and softmax; for the float64 numbers
 these casts are to float64 instead.
 """
 
+import sys
 from contextlib import contextmanager
 
 import numpy as np
@@ -70,7 +71,7 @@ def new_model(kind, others):
     model = getattr(transformers, f"{kind}ForCausalLM")(config)
     with torch.no_grad():
         for name, x in model.named_parameters():
-            if "norm" in name:
+            if "norm" in name or "bias" in name:
                 x.add_(torch.randn(x.shape) * 0.3)
     return model.eval()
 
@@ -136,12 +137,12 @@ def record(name, kind, others):
     print(name, arrays["fp64.losses"][[0, -1]], arrays["fp32.losses"][-1])
 
 
-def main():
-    for name, (kind, others) in CASES.items():
-        record(name, kind, others)
+def main(names):
+    for name in names or CASES:
+        record(name, *CASES[name])
     facts = provenance() | {"transformers": transformers.__version__}
     write_json(FOLDER / "provenance.json", facts)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -19,6 +19,7 @@ from llmnb.formats.gguf import open_gguf
 from llmnb.formats.hub import fetch
 from llmnb.formats.template import render_chat
 from llmnb.formats.vocabulary import open_encoding
+from llmnb.model import architectures
 from llmnb.text.reader import read_text
 from llmnb.train.watch import Board
 
@@ -57,7 +58,10 @@ def test_the_front_door():
     assert llmnb.tokenizer.byte().n_vocab == 257
     with pytest.raises(AttributeError, match="llmnb has no 'nothing'"):
         _ = llmnb.nothing
-    assert {"GPT2", "Model", "load", "tokenizer"} < {*dir(llmnb)}
+    shown = {*dir(llmnb)}
+    assert {"GPT2", "Model", "load", "tokenizer"} < shown
+    configs = {x for x in architectures.__all__ if x.endswith("Config")}
+    assert configs < shown
     assert not hasattr(llmnb, "conf")  # the beginning of a module's name
 
 

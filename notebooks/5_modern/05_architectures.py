@@ -644,6 +644,24 @@ verdict("1 kv head", min(fewer) > max(losses["Llama"]), "costs a little")
 # costs a few hundredths of a nat, and saves three quarters of the cache.
 
 # %% [markdown]
+# ## Add a family
+#
+# Qwen 2, say: a Llama whose queries, keys and values have biases.
+#
+# 1. In [chapter 5.6](06_files.ipynb) it gets a class, with the attribute
+#    `qkv_bias` that no other family sets, and a place in `ARCHITECTURES`; in
+#    `_CONFIGS` of [chapter A.10](../appendix/10_book.ipynb) its class becomes
+#    `llmnb.Qwen2Config`.
+# 2. Here `modern_table` gets a row `qkvb`, with the published names as its pieces.
+#    No part changes, for `product` adds a bias where there is one; a family with
+#    a new layer would call it in a part. Training, the decoder, LoRA and the files
+#    read the table and the parts, and follow.
+# 3. Where its config.json is read and written as no other's, chapter 5.6 names the
+#    family; [chapter 5.7](07_gguf.ipynb) does so for the names in GGUF files.
+# 4. The tests run over every family in `tests/llamas.py`, and over each case that
+#    `tests/record_families.py` records: `python tests/record_families.py qwen2` asks
+#    `transformers` for its logits, its gradients and ten steps.
+#
 # ## Token vectors on a CPU and a GPU
 #
 # It is the encoder of chapter 1.5 without the positions. Forward a row is copied
