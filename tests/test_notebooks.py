@@ -40,6 +40,20 @@ def test_a_notebook_is_built_and_run(built):
     assert notebook.defects(built) == []
 
 
+def test_a_notebook_imports_the_package_beside_it(tmp_path, monkeypatch):
+    """Which need not be the one that is installed."""
+    assert notebook.SETTINGS["PYTHONPATH"] == str(ROOT)
+    other = tmp_path / "other"
+    (other / "llmnb").mkdir(parents=True)
+    (other / "llmnb" / "__init__.py").write_text("HERE = 'the other'\n")
+    monkeypatch.setitem(notebook.SETTINGS, "PYTHONPATH", str(other))
+    path = tmp_path / "01_a.py"
+    path.write_text(SOURCE.replace("print(6 * 7)", "import llmnb\nllmnb.HERE"))
+    notebook.build(path)
+    cells = json.loads(path.with_suffix(".ipynb").read_text())["cells"]
+    assert cells[1]["outputs"][0]["data"]["text/plain"] == ["'the other'"]
+
+
 def test_building_again_changes_nothing(built):
     before = built.with_suffix(".ipynb").read_bytes()
     notebook.build(built)

@@ -46,6 +46,7 @@ def from_source(path):
 def run(book, folder):
     """Run a notebook in `folder`, its cells in order; outputs in place.
 
+    It imports the package beside the notebooks, whichever is installed.
     Raises nbclient's CellExecutionError at the first cell that fails.
 
     Derived in chapter A.10.
@@ -58,7 +59,7 @@ def run(book, folder):
         coalesce_streams=True,
         extra_arguments=["--log-level=ERROR", FORMATS],
         resources={"metadata": {"path": str(folder)}},
-    ).execute(env=os.environ | {"MATPLOTLIBRC": str(STYLE)})
+    ).execute(env=os.environ | SETTINGS)
     book.metadata["language_info"] = {"name": "python"}
     for cell in book.cells:
         for output in cell.get("outputs", []):
@@ -69,6 +70,7 @@ def run(book, folder):
 # lines or dots
 FORMATS = "--InlineBackend.figure_formats={'svg', 'retina'}"
 STYLE = ROOT / "notebooks" / "matplotlibrc"
+SETTINGS = {"MATPLOTLIBRC": str(STYLE), "PYTHONPATH": str(ROOT)}
 HEAVY = 150_000  # characters: an SVG above this is kept as dots
 LINES, DOTS = "image/svg+xml", "image/png"
 

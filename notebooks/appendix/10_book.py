@@ -34,8 +34,7 @@
 # > notebooks and keeps what they print.
 #
 # *Reading time: 45 minutes. You need: Python and its `ast`.*
-
-# %% [markdown]
+#
 # ## Where we are
 #
 # A book about programs has an old difficulty: the program in the book and the
@@ -874,6 +873,7 @@ def from_source(path):
 def run(book, folder):
     """Run a notebook in `folder`, its cells in order; outputs in place.
 
+    It imports the package beside the notebooks, whichever is installed.
     Raises nbclient's CellExecutionError at the first cell that fails.
     """
     NotebookClient(
@@ -884,7 +884,7 @@ def run(book, folder):
         coalesce_streams=True,
         extra_arguments=["--log-level=ERROR", FORMATS],
         resources={"metadata": {"path": str(folder)}},
-    ).execute(env=os.environ | {"MATPLOTLIBRC": str(STYLE)})
+    ).execute(env=os.environ | SETTINGS)
     book.metadata["language_info"] = {"name": "python"}
     for cell in book.cells:
         for output in cell.get("outputs", []):
@@ -906,6 +906,7 @@ def run(book, folder):
 # %% lines or dots tags=["exporti"] module="book.notebook"
 FORMATS = "--InlineBackend.figure_formats={'svg', 'retina'}"
 STYLE = ROOT / "notebooks" / "matplotlibrc"
+SETTINGS = {"MATPLOTLIBRC": str(STYLE), "PYTHONPATH": str(ROOT)}
 HEAVY = 150_000  # characters: an SVG above this is kept as dots
 LINES, DOTS = "image/svg+xml", "image/png"
 
@@ -1189,8 +1190,7 @@ verdict("unused", found == ["json"], "is found, used is not")
 #   library that reads a program as a tree.
 # - The rules of [ruff](https://docs.astral.sh/ruff/rules/): F821 is the one
 #   used here; read what its neighbours find.
-
-# %% [markdown]
+#
 # ## What llmnb gained
 
 # %% what llmnb gained
