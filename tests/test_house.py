@@ -87,6 +87,12 @@ def test_a_chapter_is_read_in_one_sitting(path):
     assert minutes <= 30 or path.parent.name == APPENDIX
 
 
+@pytest.mark.parametrize("path", CHAPTERS, ids=NAMES)
+def test_a_chapters_lines_fit_a_page(path):
+    code = re.sub(r"^#.*$", "", path.read_text("utf-8"), flags=re.M)
+    assert max(map(len, code.splitlines())) <= 79
+
+
 @pytest.mark.parametrize("part", PARTS)
 def test_the_chapters_of_a_part_are_numbered_without_a_gap(part):
     numbers = [int(p.name[:2]) for p in CHAPTERS if p.parent.name == part]

@@ -112,12 +112,6 @@ def test_every_notebook_has_a_source():
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.stem)
-def test_a_chapters_lines_fit_a_page(path):
-    code = re.sub(r"^#.*$", "", path.read_text("utf-8"), flags=re.M)
-    assert max(map(len, code.splitlines())) <= 79
-
-
-@pytest.mark.parametrize("path", SOURCES, ids=lambda p: p.stem)
 def test_no_output_names_a_place_on_the_machine_it_was_made_on(path):
     cells = json.loads(path.with_suffix(".ipynb").read_text("utf-8"))["cells"]
     outputs = json.dumps([cell.get("outputs") for cell in cells])
