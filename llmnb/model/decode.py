@@ -125,17 +125,16 @@ def _embed(out, tokens, wte, scale):
         cpu.embed_forward(out, tokens, wte, scale=scale)
 
 
-# GPT-2's and, from "rmsnorm" on, those of Part 5
-_ROWS = "layernorm gelu rmsnorm rotary headnorm swiglu geglu residual softcap"
-_NAMES = [f"{name}_forward" for name in _ROWS.split()]
-LAYERS = SimpleNamespace(
-    **{name: partial(_light, getattr(cpu, name)) for name in _NAMES},
-    encoder_forward=cpu.embed_forward,
-    embedding_forward=_embed,
-    matmul_forward=_multiply,
-    attention_forward=_attend,
-    local_attention_forward=_attend,
-)
+_NAMES = [name for name in cpu.__all__ if name.endswith("_forward")]
+_OWN = {
+    "encoder_forward": cpu.embed_forward,
+    "embedding_forward": _embed,
+    "matmul_forward": _multiply,
+    "attention_forward": _attend,
+    "local_attention_forward": _attend,
+}
+_ROWS = {name: partial(_light, getattr(cpu, name)) for name in _NAMES}
+LAYERS = SimpleNamespace(**_ROWS | _OWN)
 
 
 # the decoder
