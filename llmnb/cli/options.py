@@ -48,8 +48,8 @@ def add_options(parser, options):
 def _how(x):
     """argparse's words for a field."""
     how = {"help": x.metadata["help"]} | x.metadata["how"]
-    many = isinstance(x.default, tuple)
-    shown = " ".join(x.default) if many else x.default
+    many = x.type is tuple
+    shown = " ".join(x.default or ()) if many else x.default
     if shown not in ("", None) and "(default" not in how["help"]:
         how["help"] += f" (default: {shown})"
     if x.type is bool:

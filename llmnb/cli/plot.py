@@ -21,10 +21,9 @@ class PlotOptions:
     Derived in chapter 4.23.
     """
 
-    runs: str = option(
-        None, "a run folder or a log.csv",
-        positional=True, nargs="+", metavar="RUN",
-    )  # fmt: skip
+    runs: tuple = option(
+        (), "a run folder or a log.csv", positional=True, metavar="RUN"
+    )
     out: str = option("runs.png", "a .png, .pdf or .svg", metavar="FILE")
     window: int = option(20, "steps in a running mean")
 

@@ -98,8 +98,8 @@ def add_options(parser, options):
 def _how(x):
     """argparse's words for a field."""
     how = {"help": x.metadata["help"]} | x.metadata["how"]
-    many = isinstance(x.default, tuple)
-    shown = " ".join(x.default) if many else x.default
+    many = x.type is tuple
+    shown = " ".join(x.default or ()) if many else x.default
     if shown not in ("", None) and "(default" not in how["help"]:
         how["help"] += f" (default: {shown})"
     if x.type is bool:
@@ -371,10 +371,9 @@ from llmnb.train.watch import compare_runs, read_log, run_table
 class PlotOptions:
     """What `llmnb plot` is told."""
 
-    runs: str = option(
-        None, "a run folder or a log.csv",
-        positional=True, nargs="+", metavar="RUN",
-    )  # fmt: skip
+    runs: tuple = option(
+        (), "a run folder or a log.csv", positional=True, metavar="RUN"
+    )
     out: str = option("runs.png", "a .png, .pdf or .svg", metavar="FILE")
     window: int = option(20, "steps in a running mean")
 

@@ -6,13 +6,15 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import dataclass, fields
 
 import pytest
-from commands import FILES, OTHERS, TINY, Terminal, broken, interrupt
+from commands import FILES, OTHERS, ROOT, TINY, Terminal, broken, interrupt
 from processes import output
 
-from llmnb.train.options import TrainConfig
+from llmnb.cli.__main__ import COMMANDS
+from llmnb.cli.options import Parser, add_options
+from llmnb.train.options import TrainConfig, option
 from llmnb.train.terminal import progress_bar
 
 
@@ -311,11 +313,27 @@ def test_help_explains_every_option(llmnb):
     assert "(default: stdlib)" in text
 
 
+def test_an_option_of_several_words_needs_no_default():
+    @dataclass
+    class Words:
+        files: tuple = option(None, "text", positional=True)
+        seen: tuple = option(None, "more text")
+
+    parser = Parser()
+    add_options(parser, {"": fields(Words)})
+    asked = parser.parse_args(["ab", "c", "--seen", "de"])
+    assert (asked.files, asked.seen) == (["ab", "c"], ["de"])
+
+
 def test_every_command_has_help(llmnb):
-    for command in ("train", "generate", "data", "eval", "bench", "info"):
+    """And its line in the chapter's table."""
+    path = ROOT / "notebooks" / "4_practice" / "23_commands.py"
+    chapter = path.read_text("utf-8")
+    for command in COMMANDS:
         code, out, _ = llmnb(command, "--help")
         assert code == 0 and len(out) > 200
         assert f"  {command} " in llmnb("--help")[1]
+        assert f"| `llmnb {command}" in chapter
     assert re.fullmatch(r"llmnb \d+\.\d+\S*\n", llmnb("--version")[1])
 
 
