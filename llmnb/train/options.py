@@ -112,7 +112,7 @@ class LearningOptions:
     steps: int = option(3000, "updates of the weights", 1)
     learning_rate: float = option(3e-3, "the highest learning rate", 0)
     warmup_fraction: float = option(0.1, "share of steps spent rising to it")
-    schedule: str = option("cosine", "cosine, linear, constant or wsd")
+    schedule: str = option("cosine", f"one of {', '.join(KINDS)}")
     final_fraction: float = option(0.1, "the last rate over the highest")
     eval_every: int = option(100, "steps between two validations", 1)
     eval_batches: int = option(20, "batches in a validation", 1)
