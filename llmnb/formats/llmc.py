@@ -118,8 +118,15 @@ def write_checkpoint(path, cfg, params, version=3):
 def check_shapes(name, cfg, params):
     """Raise ValueError unless params are those of a model of this cfg.
 
-    name: what the message calls who writes them.
+    name: what the message calls who writes them. A file of GPT-2's has no
+    place for other parts, so a class made from GPT2Config wants a family of
+    its own.
     """
+    if cfg.family == "gpt2" and type(cfg) is not GPT2Config:
+        raise ValueError(
+            f"{name}: the file would be read as a GPT-2's, and this is a "
+            f"{type(cfg).__name__}: give that a family of its own"
+        )
     for x, shape in parameter_shapes(cfg).items():
         if params[x].shape != shape:
             raise ValueError(

@@ -52,6 +52,19 @@ def test_the_bytes_are_llm_cs(model, saved):
     np.testing.assert_array_equal(body[-15:], model.params["lnfb"])
 
 
+@pytest.mark.parametrize("name", ("a.bin", "a.safetensors"))
+def test_a_gpt2_of_other_parts_is_not_written_as_one(tmp_path, name):
+    """Which would compute something else when it is read back."""
+
+    class Unbiased(GPT2Config):
+        bias = False
+
+    other = GPT2(Unbiased(9, 131, 1, 1, 8), 1, 5, "reference")
+    with pytest.raises(ValueError, match="as a GPT-2's, and this is a Unbias"):
+        other.save_checkpoint(tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
 def test_safetensors_are_hugging_faces(model, tmp_path):
     from safetensors.numpy import load_file
 
