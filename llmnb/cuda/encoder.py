@@ -109,12 +109,12 @@ def _into_buckets(order, starts, inp, K):
     rows, begin = len(inp), 0
     for first in range(0, rows, 32):
         n = first + lane
-        lower = n < rows and inp[n] % K < k
+        lower = n < rows and inp[n] & (K - 1) < k
         begin += cuda.popc(cuda.ballot_sync(_ALL, lower))
     at = begin
     for first in range(0, rows, 32):
         n = first + lane
-        mine = n < rows and inp[n] % K == k
+        mine = n < rows and inp[n] & (K - 1) == k
         bits = cuda.ballot_sync(_ALL, mine)
         if mine:
             order[at + cuda.popc(bits & ((1 << lane) - 1))] = n
@@ -127,8 +127,11 @@ def _into_buckets(order, starts, inp, K):
 
 # buckets in scratch memory
 def _buckets(rows):
-    """How many buckets rows places go into: one for 16, at most 1,024."""
-    return min(_MOST, -(-rows // 16))
+    """How many buckets rows places go into: a power of two, at most 1,024.
+
+    There is one for 16 places, rounded down; none where there is no place.
+    """
+    return 1 << min(_MOST, -(-rows // 16)).bit_length() >> 1
 
 
 def encoder_scratch(rows):

@@ -380,8 +380,12 @@ def positions_by_one(dwpe, dout, T):
 #
 # Sort the places first, roughly. Bucket $k$ of $K$ holds the places whose
 # token leaves $k$ when divided by $K$. All places of a token are then in one
-# bucket, and with a bucket for 16 places, up to 1,024 buckets, there is little
-# to look through. What must not get lost is the order of the text.
+# bucket, and with a bucket for some 16 places, up to 1,024 buckets, there is
+# little to look through. What must not get lost is the order of the text.
+#
+# A GPU has no instruction for whole numbers that divides: it takes twenty
+# others. So $K$ is a power of two. What a token leaves is then its last binary
+# digits, and `token & (K - 1)` takes them in one.
 #
 # A warp makes a bucket. It goes through the text twice, 32 places at a time,
 # and votes. The first time it counts the places that belong to buckets before
@@ -404,12 +408,12 @@ def _into_buckets(order, starts, inp, K):
     rows, begin = len(inp), 0
     for first in range(0, rows, 32):
         n = first + lane
-        lower = n < rows and inp[n] % K < k
+        lower = n < rows and inp[n] & (K - 1) < k
         begin += cuda.popc(cuda.ballot_sync(_ALL, lower))
     at = begin
     for first in range(0, rows, 32):
         n = first + lane
-        mine = n < rows and inp[n] % K == k
+        mine = n < rows and inp[n] & (K - 1) == k
         bits = cuda.ballot_sync(_ALL, mine)
         if mine:
             order[at + cuda.popc(bits & ((1 << lane) - 1))] = n
@@ -422,8 +426,11 @@ def _into_buckets(order, starts, inp, K):
 
 # %% buckets in scratch memory tags=["export"]
 def _buckets(rows):
-    """How many buckets rows places go into: one for 16, at most 1,024."""
-    return min(_MOST, -(-rows // 16))
+    """How many buckets rows places go into: a power of two, at most 1,024.
+
+    There is one for 16 places, rounded down; none where there is no place.
+    """
+    return 1 << min(_MOST, -(-rows // 16)).bit_length() >> 1
 
 
 def encoder_scratch(rows):
@@ -445,14 +452,14 @@ def into_buckets(inp, work):
     return order, starts, K
 
 
-# %% three buckets
+# %% four buckets
 text = simulated(np.array([7, 2, 5, 2, 9, 5, 2, 0], np.int32))
 order = simulated(np.zeros(8, np.int32))
-starts = simulated(np.zeros(4, np.int32))
+starts = simulated(np.zeros(5, np.int32))
 with watch():
-    _into_buckets[1, 96](order, starts, text, 3)
+    _into_buckets[1, 128](order, starts, text, 4)
 places, ends = to_host(order), to_host(starts)
-for k in range(3):
+for k in range(4):
     mine = places[ends[k] : ends[k + 1]]
     tokens = ", ".join(map(str, to_host(text)[mine]))
     print(f"bucket {k}: places {mine.tolist()}, tokens {tokens}")

@@ -1,5 +1,7 @@
 """The encoder on a GPU: every version, races, machine code, bad input."""
 
+import re
+
 import numpy as np
 import pytest
 from gpu import check_ladder, check_machine_code, draw, there
@@ -41,6 +43,8 @@ def test_machine_code_backward(shape, version):
     assert seen.barriers == 0
     for name, made in found.items():
         vectors = wide and name != "_into_buckets"
+        if name == "_into_buckets":
+            assert not re.search(r"\b(div|rem)\.", made.ptx)
         assert (made.vector_loads > 0) is (made.vector_stores > 0) is vectors
 
 
@@ -74,7 +78,7 @@ def test_the_order_is_that_of_the_text(layer, mixed):
     """
     arrays = draw("encoder_backward", 4, 20 if mixed else 12, 8, 1, 4)
     if not mixed:
-        arrays["inp"].ravel()[:32], arrays["inp"].ravel()[32:] = 0, 3
+        arrays["inp"].ravel()[:32], arrays["inp"].ravel()[32:] = 0, 2
     given = there(arrays)
     layer(*given.values())
     if layer is vectors_alone:
@@ -95,7 +99,8 @@ def test_buckets_keep_the_order_of_the_text(rows):
     with watch():
         order, starts, K = into_buckets(given, work)
     order, starts = to_host(order), to_host(starts)
-    assert -(-rows // 16) == K
+    assert -(-rows // 16) // 2 < K <= -(-rows // 16)
+    assert K & (K - 1) == 0
     assert (order == np.argsort(inp % K, kind="stable")).all()
     edges = np.searchsorted(np.sort(inp % K), np.arange(K + 1))
     assert (starts == edges).all()
