@@ -123,7 +123,7 @@ def _multiply_add(out, turns):
 from llmnb.bench.clock import _copy, _multiply_add, _sweep
 from llmnb.gpu.launch import empty, simulated, to_host
 from llmnb.gpu.simulator import watch
-from llmnb.book.verify import compare
+from llmnb.book.verify import compare, verdict
 
 rng = np.random.default_rng(20)
 block = simulated(rng.normal(size=640).astype(np.float32))
@@ -289,6 +289,76 @@ def gpu_facts():
 # - A GPU's time is read from events in its own queue, after something that
 #   keeps it busy and fills its cache with other memory.
 # - What measures is a kernel too, and is proved before it is timed.
+
+# %% [markdown]
+# ## Exercises
+#
+# **1** (★★). The second trap, on a clock that is made up. At time 0 the host
+# puts an event into the queue, then kernels one after the other, then another
+# event. It needs some time to launch a kernel and none for an event, and the
+# GPU is busy with other work up to a later time. Write
+# `between(count, kernel, launch, busy)`, the difference of the two events. For
+# ten kernels of 2 µs and launches of 5 µs, how long must the GPU be busy for
+# the events to differ by what the kernels take?
+#
+# :::{admonition} Solution to exercise 1
+# :class: dropdown
+# The GPU passes the first event when it is no longer busy. It begins a kernel
+# when the one before it has ended and the host has launched it. Never busy, it
+# makes them 52 µs, where the kernels take 20. No kernel may have to wait for
+# the host: the last is launched at 50 µs, and the nine before it take 18, so
+# the GPU must be busy for 32. `Clock` does not count that closely; it makes the
+# GPU busy for twice as long as the host launches.
+# :::
+
+
+# %% exercise 1, a solution tags=["hide-cell"]
+def between(count, kernel, launch, busy):
+    now = busy
+    for i in range(1, count + 1):
+        now = max(now, i * launch) + kernel
+    return now - busy
+
+
+# %% exercise 1, checked
+found = [between(10, 2, 5, busy) for busy in (0, 31, 32, 100)]
+verdict("ten kernels", found == [52, 21, 20, 20], "52, 21, 20 and 20 µs")
+long = between(10, 8, 5, 0), between(10, 8, 5, 5)
+verdict("longer ones", long == (85, 80), "the first alone is waited for")
+
+# %% [markdown]
+# **2** (★★). `_copy` and `_sweep` use every byte that they move. Write a sweep
+# that reads one number of every sector, the first. It moves as many sectors;
+# which part of the bytes a second that `limits` found would it seem to reach,
+# if you divide the bytes that it asks for by its time?
+#
+# :::{admonition} Solution to exercise 2
+# :class: dropdown
+# An eighth at most, since a sector of 32 bytes moves for each 4 bytes that are
+# asked for. So bytes a second say how good a kernel is only if they are those
+# that must move, and not those that do.
+# :::
+
+
+# %% exercise 2, a solution tags=["hide-cell"]
+@kernel
+def sparse_sweep(out, inp):
+    me, step = cuda.grid(1), cuda.gridsize(1)
+    total = np.float32(0)
+    for i in range(8 * me, inp.size, 8 * step):
+        total += inp[i]
+    out[me] = total
+
+
+# %% exercise 2, checked
+with watch() as whole:
+    _sweep[2, 32](sums, block)
+with watch() as sparse:
+    sparse_sweep[2, 32](sums, block)
+total = to_host(block)[::8].sum(dtype=np.float64)
+compare("sum", to_host(sums).sum(dtype=np.float64), total, tol=1e-4)
+verdict("sectors", sparse.sectors == whole.sectors, "as many")
+verdict("bytes", 8 * sparse.read_bytes == whole.read_bytes, "an eighth")
 
 # %% [markdown]
 # ## What llmnb gained
