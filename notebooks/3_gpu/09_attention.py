@@ -41,6 +41,8 @@ import numpy as np
 from llmnb.book.moving import moving
 from llmnb.book.owners import draw_owners, walk
 from llmnb.book.verify import compare, verdict
+from llmnb.gpu.launch import simulated, to_device, to_host
+from llmnb.gpu.simulator import RaceError, watch
 from llmnb.reference import attention as reference
 
 rng = np.random.default_rng(6)
@@ -65,8 +67,7 @@ def problem(B, T, NH, hs, NKV=None):
 # arithmetic was the limit, because blocks stay in a cache. Here a block of
 # threads has 48 KB of *shared memory* unless it asks for more, as ours do not
 # ([chapter 3.1](01_threads.ipynb)), and what does not fit there travels through
-# global memory. These kernels have been simulated and compiled, and not run on
-# a GPU.
+# global memory. These kernels have been simulated and compiled, and never run.
 
 # %% imports of the GPU's kernels tags=["export"] module="cuda.attention"
 import functools
@@ -104,9 +105,9 @@ print(f"{4 * hs / 16:.0f} operations a byte of traffic with the square")
 # The half below the diagonal is written by the first kernel, read and written
 # by the second and read by the third: 16 bytes a pair $(t, u)$, where no
 # cache helps. A pair takes $2\,hs$ operations for its score and as many for
-# the output, which makes 16 a byte. By NVIDIA's data sheet an H100 computes
-# 67 TFLOP/s in float32 and moves 3,350 GB/s, 20 operations for each byte:
-# the square alone asks more of its memory than of its arithmetic.
+# the output, which makes 16 a byte. An H100 does 20 for each byte that it moves
+# ([chapter 3.6](06_matmul.ipynb)): the square alone asks more of its memory
+# than of its arithmetic.
 #
 # ## Tiles, and two walks
 #
@@ -161,8 +162,7 @@ moving("threads", "both walks, step by step", walks=walks)
 # $m$ is a real score and a masked one has the weight 0.
 #
 # The size of a head is a constant of the kernel, so that shared memory and
-# registers can be laid out when it is compiled. `functools.cache` keeps one
-# kernel for each size.
+# registers can be laid out when it is compiled, once for each size.
 
 
 # %% exchanges among lanes tags=["exporti"] module="cuda.attention"
@@ -214,8 +214,7 @@ moving("threads", "eight threads, step by step", walks=[steps])
 # | tile | rows | floats a row | bytes |
 # |---|---|---|---|
 # | queries | 64 | 68 | 17,408 |
-# | keys | 32 | 68 | 8,704 |
-# | values | 32 | 68 | 8,704 |
+# | keys, values | 32 each | 68 | 17,408 |
 # | weights | 64 | 40 | 10,240 |
 # | all | | | 45,056 |
 #
@@ -234,8 +233,7 @@ moving("threads", "eight threads, step by step", walks=[steps])
 # thread takes. The first piece copies a tile to shared memory. Where $hs$ is
 # a multiple of 4 and the array begins at a multiple of 16 bytes, so does
 # every row of a head, and `FOURS` is true: then it reads vectors of four,
-# otherwise float by float. In shared memory every row is aligned;
-# `alignment=16` asks for that.
+# otherwise float by float. In shared memory `alignment=16` aligns every row.
 
 
 # %% copy a tile tags=["exporti"] module="cuda.attention"
@@ -447,12 +445,13 @@ def _tile_finish(hs, G, R):
 
 
 # %% [markdown]
-# Two kinds of barriers: all threads wait before a tile is overwritten and
-# after it is written, but a row's weights are written and read by lanes of
-# one warp, so there the warp's own barrier is enough. The last queries have
-# the longest walk. CUDA promises no order among blocks; in case they start
-# in the order of their numbers, those of the last queries have the first
-# ones, and short walks fill the end.
+# Two kinds of barriers: all threads wait before a tile is overwritten and after
+# it is written, but a row's weights are written and read by lanes of one warp,
+# so there the warp's own barrier is enough. The last queries have the longest
+# walk. CUDA promises no order among blocks; in case they start in the order of
+# their numbers, those of the last queries have the first ones, and short walks
+# fill the end. Rows of the last tile that lie beyond $T$ are zeros, compute
+# something finite, and are not written.
 
 
 # %% the kernel of the forward pass tags=["exporti"] module="cuda.attention"
@@ -504,11 +503,6 @@ def _forward_kernel(hs, FOURS, rule):
     return attention_forward_tiles
 
 
-# %% [markdown]
-# Rows of the last tile that lie beyond $T$ are zeros, compute something finite,
-# and are not written. The public function takes heads of at most 256 channels.
-
-
 # %% the checks on a GPU tags=["exporti"] module="cuda.attention"
 def check_heads(name, out, lse, inp):
     """The Heads; raise for what the kernels cannot take."""
@@ -547,44 +541,31 @@ def launch_forward(heads, rule, out, lse, inp):
     tiles[grid, 128](out.reshape(-1), lse, inp.reshape(-1), heads.NKV)
 
 
-# %% [markdown]
-# The verdicts, at sizes that divide no tile: 37 positions, heads of 5 and of 12.
-
-# %% forward against NumPy
-from llmnb.gpu.launch import simulated, to_device, to_host
-
-
+# %% forward against NumPy, and counted
 def on_gpu(p, place=to_device):
-    """out and lse of a problem."""
     there = place(p.out), place(p.lse)
     attention_forward(*there, place(p.inp))
     return [to_host(x) for x in there]
 
 
-for hs in (5, 12):
+for hs in (5, 12):  # neither they nor 37 divide a tile
     p = problem(1, 37, 2, hs, NKV=1)
     reference.attention_forward(p.out, p.lse, p.inp)
     out, lse = on_gpu(p)
     compare(f"{hs}: out", out, p.out, tol=1e-5)
     compare(f"{hs}: lse", lse, p.lse, tol=1e-5)
-
-# %% [markdown]
-# And the counts, on the simulator, for one head of 32 channels and 64
-# positions ([chapter 3.2](02_sectors.ipynb) defines them):
-
-# %% forward, counted
-from llmnb.gpu.simulator import RaceError, watch
-
 with watch() as seen:
     on_gpu(problem(1, 64, 1, 32), simulated)
 for name in ("requests", "sectors", "shared_requests", "shared_passes"):
     print(f"{name:<15} {getattr(seen, name):9,}")
 
 # %% [markdown]
-# A request of shared memory for four floats a lane takes four passes. A larger
-# tile a thread would need fewer, and more registers: at $hs = 64$ a thread takes
-# more than half of the 255 that it may have. A block reads the keys and values
-# before its queries once: with 64 queries a tile, a quarter as often as with 16.
+# The counts are the simulator's, for one head of 32 channels and 64 positions
+# ([chapter 3.2](02_sectors.ipynb) defines them). A request of shared memory for
+# four floats a lane takes four passes. A larger tile a thread would need fewer,
+# and more registers: at $hs = 64$ it takes more than half of the 255 that it may
+# have. A block reads the keys and values before its queries once: with 64
+# queries a tile, a quarter as often as with 16.
 #
 # ## The numbers of the rows
 #
@@ -627,14 +608,12 @@ def dq_by_key(dq, ds, k):
 
 
 small = [rng.normal(size=(3, n)).astype(np.float32) for n in (4, 3, 4)]
-with watch():
-    try:
+try:
+    with watch():
         dq_by_key[3, 4](*map(simulated, small))
-        caught = False
-    except RaceError as error:
-        print(str(error).replace(", and", ",\nand"))
-        caught = True
-verdict("the race", caught, "is caught")
+    verdict("the race", False, "is caught")
+except RaceError as error:
+    print(str(error).replace(", and", ",\nand"))
 
 # %% [markdown]
 # Other blocks add to the same numbers at the same time, and some of what
@@ -856,7 +835,6 @@ def launch_backward(heads, rule, arrays, add, work):
 
 # %% backward against NumPy
 def back_on_gpu(p, place=to_device):
-    """dinp of a problem."""
     there = [place(x) for x in (p.dinp, p.dout, p.inp, p.out, p.lse)]
     attention_backward(*there)
     return to_host(there[0])
@@ -872,9 +850,8 @@ same = np.array_equal(back_on_gpu(p), back_on_gpu(p))
 verdict("another run", same, "gives the same bits")
 
 # %% [markdown]
-# What these kernels leave undone: they compute the tiles on the diagonal
-# whole, their copies do not overlap with the arithmetic, and their products
-# run in float32, not on tensor cores.
+# Left undone: tiles on the diagonal are computed whole, copies do not overlap
+# with the arithmetic, and products run in float32, not on tensor cores.
 #
 # ## Take away
 #
@@ -884,11 +861,36 @@ verdict("another run", same, "gives the same bits")
 # - Backward walks twice, by keys and by queries, so that no two blocks add to
 #   one number and every run has the same bits.
 #
+# ## Exercises
+#
+# **1** (★★). A head of at most 64 channels has $T$ queries. How many tiles of
+# keys do its blocks visit in the forward pass? Of the scores that they take for
+# $T = 1024$, what part lies above the diagonal?
+#
+# :::{admonition} Solution to exercise 1
+# :class: dropdown
+# A block whose queries begin at $f$ visits the tiles, of 32 keys, that begin
+# before both $f + 64$ and $T$. For 1,024 they are 272, and 5.8 % lie above.
+# :::
+
+
+# %% exercise 1, a solution tags=["hide-cell"]
+def visits(T):
+    return sum(-(-min(f + 64, T) // 32) for f in range(0, T, 64))
+
+
+# %% exercise 1, checked
+with watch() as seen:
+    on_gpu(problem(1, 70, 1, 4), simulated)
+verdict("visits", seen.barriers == 2 * 128 * visits(70), "two barriers each")
+above = 1 - (1024 * 1025 / 2) / (64 * 32 * visits(1024))
+verdict("above", 0.0575 < above < 0.0585, "5.8 %")
+
+# %% [markdown]
 # ## Further reading
 #
-# - Dao et al. (2022),
-#   [FlashAttention](https://arxiv.org/abs/2205.14135): the walk over
-#   tiles, with the traffic between memories counted.
+# - Dao et al. (2022), [FlashAttention](https://arxiv.org/abs/2205.14135): the
+#   walk over tiles, with the traffic between memories counted.
 #
 # ## What llmnb gained
 
