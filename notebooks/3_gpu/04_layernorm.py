@@ -870,8 +870,8 @@ LAYERNORM_FORWARD = (forward_by_threads,)
 #
 # **1** (★★). A multiprocessor of an H100 has 65,536 registers, room for 64
 # warps, and 228 KB of shared memory, 1 KB of which goes to the system with each
-# block. A thread of version 3 takes 48 registers. How many rows are under way
-# there at once for 768 channels, and for 1,600? What sets the limit?
+# block. A thread of version 3 is dealt 48 registers, in eights. How many rows are
+# under way at once for 768 channels, and for 1,600? What sets the limit?
 #
 # :::{admonition} Solution to exercise 1
 # :class: dropdown
