@@ -7,6 +7,7 @@ __all__ = ["matmul_backward", "matmul_forward", "matmul_scratch"]
 
 # imports of the GPU's products
 import functools
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -47,7 +48,8 @@ def write(out, start, at, value, add):
 
 def as_rows(array):
     """A view of an array as a matrix: its last axis as the columns."""
-    return array.reshape(-1, array.shape[-1])
+    *rows, columns = array.shape
+    return array.reshape(math.prod(rows), columns)  # -1 fails for no columns
 
 
 def named(function, name, along_a, along_b, threads):

@@ -59,6 +59,7 @@ from llmnb.gpu.simulator import watch
 
 # %% imports of the GPU's products tags=["export"]
 import functools
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -121,7 +122,8 @@ def write(out, start, at, value, add):
 
 def as_rows(array):
     """A view of an array as a matrix: its last axis as the columns."""
-    return array.reshape(-1, array.shape[-1])
+    *rows, columns = array.shape
+    return array.reshape(math.prod(rows), columns)  # -1 fails for no columns
 
 
 def named(function, name, along_a, along_b, threads):

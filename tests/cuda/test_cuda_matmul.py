@@ -91,6 +91,18 @@ def test_versions_and_tiles_change_no_bit(along, monkeypatch):
     assert all(np.array_equal(results[0], got) for got in results)
 
 
+def test_no_channels():
+    """A sum of nothing is 0: the bias is left."""
+    shapes = (1, 2, 4), (1, 2, 0), (4, 0), (0, 4)
+    y, x, w, turned = (simulated(np.ones(s, "f4")) for s in shapes)
+    b, dx, dw = simulated(np.full(4, 7, "f4")), *map(empty, shapes[1:3])
+    matmul_forward(y, x, w, b)
+    assert (to_host(y) == 7).all()
+    matmul_backward(dx, dw, b, y, x, w)
+    assert (to_host(b) == 7 + 2 * 7).all()
+    matmul_forward(dx, y, turned, None)
+
+
 def test_residual_may_be_out():
     x, w, b, r = single(2, 3, 8), single(12, 8), single(12), single(2, 3, 12)
     want = x @ w.T + b + r
