@@ -216,9 +216,12 @@ def _routine_for(function, args):
     return routine(function, types.void(types.int64, types.int64, address))
 
 
+MOST = numba.config.NUMBA_NUM_THREADS  # parts of a kernel, rows of scratch
+
+
 def _launch(address, *args):
-    """Run a routine on as many threads as there are now."""
-    parts = 1 if _orphaned else numba.get_num_threads()
+    """Run a routine on as many threads as there are now, up to MOST."""
+    parts = 1 if _orphaned else min(MOST, numba.get_num_threads())
     with _one_caller:
         _begin(_loop().address, address, parts, *args)
 

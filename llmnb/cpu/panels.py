@@ -18,7 +18,7 @@ from llvmlite import ir
 from numba import carray, types
 from numba.extending import intrinsic
 
-from llmnb.cpu.jit import inlined, routine
+from llmnb.cpu.jit import MOST, inlined, routine
 from llmnb.cpu.microkernel import (
     INT, LINE, Place, moved, multiply_tile, pack_across, pack_along, pack_one,
     steps_per_line,
@@ -346,7 +346,7 @@ def work_shape():
 
     Derived in chapter A.3.
     """
-    return numba.config.NUMBA_NUM_THREADS, ROOM + TALL * WIDTH
+    return MOST, ROOM + TALL * WIDTH
 
 
 WORK = "{} {}!?".format(*work_shape())  # as `shapes` reads it

@@ -51,7 +51,7 @@ from llvmlite import ir
 from numba import carray, types
 from numba.extending import intrinsic
 
-from llmnb.cpu.jit import inlined, routine
+from llmnb.cpu.jit import MOST, inlined, routine
 from llmnb.cpu.microkernel import (
     INT,
     LINE,
@@ -496,7 +496,7 @@ def work_shape():
     A row for each thread that numba may use, of 6.4 MB in float32. The
     second half is written by `matmul_learn` alone, and otherwise takes none.
     """
-    return numba.config.NUMBA_NUM_THREADS, ROOM + TALL * WIDTH
+    return MOST, ROOM + TALL * WIDTH
 
 
 WORK = "{} {}!?".format(*work_shape())  # as `shapes` reads it

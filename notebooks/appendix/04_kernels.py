@@ -120,10 +120,11 @@ print(run_edit_run("numba.njit(cache=True)"))
 # %% [markdown]
 # The second number should be 30, and numba's own cache gives 20. Our repair is
 # to keep compiled kernels in a folder that is named by a hash of all that they
-# are made from: the sources of the two rooms that hold kernels, and the
-# versions of Python, of numba and of llvmlite, which brings LLVM. Change one
-# letter, and the folder has another name and starts empty. What is in it
-# cannot be stale.
+# are made from: the sources of the two rooms that hold kernels, those of the
+# reference, from which they take a number here and there, such as LayerNorm's
+# epsilon, and the versions of Python, of numba and of llvmlite, which brings
+# LLVM. Change one letter, and the folder has another name and starts empty.
+# What is in it cannot be stale.
 #
 # But it can be somebody else's. What numba keeps is a pickle with machine
 # code inside, and to load it is to run it: whoever may write in that folder
@@ -159,7 +160,7 @@ def _origin():
     parts = [numba.__version__, llvmlite.__version__, sys.version]
     parts.append(os.environ.get("LLMNB_TILE", ""))  # see chapter A.2
     package = Path(__file__).parents[1]
-    for room in ("cpu", "bench"):
+    for room in ("cpu", "bench", "reference"):
         for path in sorted((package / room).glob("*.py")):
             parts += [path.name, path.read_text("utf-8")]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
@@ -569,6 +570,12 @@ _one_caller = _door()
 # be written, such as weights that the system has mapped from a file; the
 # layers have seen to it that what they write may be, and we make no
 # difference.
+#
+# numba reads `NUMBA_NUM_THREADS` when it is imported, which says how many threads
+# it will start, and again whenever it compiles. The products of
+# [chapter A.3](03_panels.ipynb) give each thread a row of scratch memory: if the
+# variable changed in between, they would count the rows by one number, and be
+# run by the other. So `MOST` is read once, for both, and no kernel has more parts.
 
 
 # %% one routine for each list of types tags=["exporti"] module="cpu.jit"
@@ -592,9 +599,12 @@ def _routine_for(function, args):
     return routine(function, types.void(types.int64, types.int64, address))
 
 
+MOST = numba.config.NUMBA_NUM_THREADS  # parts of a kernel, rows of scratch
+
+
 def _launch(address, *args):
-    """Run a routine on as many threads as there are now."""
-    parts = 1 if _orphaned else numba.get_num_threads()
+    """Run a routine on as many threads as there are now, up to MOST."""
+    parts = 1 if _orphaned else min(MOST, numba.get_num_threads())
     with _one_caller:
         _begin(_loop().address, address, parts, *args)
 

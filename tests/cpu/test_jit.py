@@ -97,7 +97,12 @@ def test_editing_a_callee_changes_the_result(copy):
 
     # the other room that has kernels counts as well
     (copy / "llmnb" / "bench" / "more.py").write_text("")
-    assert run(copy, cache)["folder"] != first["folder"]
+    more = run(copy, cache)["folder"]
+    assert more != first["folder"]
+
+    # and so does the room whose numbers they take, such as EPS
+    edit(copy, "../reference/layernorm.py", "EPS = 1e-5", "EPS = 1e-6")
+    assert run(copy, cache)["folder"] != more
 
 
 def test_no_folder_to_write_to(copy):
@@ -351,3 +356,25 @@ def test_the_folder_is_named_by_the_sources(tmp_path, monkeypatch):
             patched.setattr(package, "__version__", "0.0.0")
             assert folder() != first
     assert folder() == first
+
+
+THREADS_CHANGE = """
+import os
+import sys
+import numba
+import numpy as np
+from llmnb import cpu
+os.environ["NUMBA_NUM_THREADS"] = sys.argv[1]
+numba.njit(lambda: 0)()  # numba reads the variable when it compiles
+x, weight = np.ones((1, 500, 700)), np.ones((600, 700))
+out = np.empty((1, 500, 600))
+for work in None, np.empty(cpu.work_shape()):
+    out.fill(0)
+    cpu.matmul_forward(out, x, weight, None, work=work)
+    assert (out == 700).all()
+"""
+
+
+@pytest.mark.parametrize("now", [1, 3])
+def test_every_thread_has_its_scratch_when_the_variable_changes(now):
+    output(THREADS_CHANGE, now, NUMBA_NUM_THREADS="2")
