@@ -19,17 +19,19 @@ from numba.core import cgutils
 def cpu_features():
     """The features of the processor that numba compiles for, as a set.
 
-    By LLVM's names, such as "avx2". NUMBA_CPU_FEATURES masks them, as it
-    does for numba.
+    By LLVM's names, such as "avx2". NUMBA_CPU_FEATURES and NUMBA_ENABLE_AVX
+    mask them, as they do for numba.
 
     Derived in chapter A.2.
     """
     chosen = numba.config.CPU_FEATURES
     if chosen is not None:
         return {f[1:] for f in chosen.split(",") if f.startswith("+")}
-    found = llvm.get_host_cpu_features().items()
+    found = {x for x, has in llvm.get_host_cpu_features().items() if has}
+    if not numba.config.ENABLE_AVX:
+        found = {x for x in found if not x.startswith("avx")}
     arm = llvm.get_process_triple().startswith(("aarch64", "arm64"))
-    return {name for name, has in found if has} | ({"neon"} if arm else set())
+    return found | ({"neon"} if arm else set())
 
 
 def tile_shape():

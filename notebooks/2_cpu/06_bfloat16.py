@@ -279,8 +279,9 @@ verdict("bfloat16", half[0] == start[0], "has not moved")
 # as long. Rounding is part of packing, and costs no pass over memory.
 #
 # On a vector of numbers (2.6.1) is a shift, a mask and two additions, in the
-# words of [chapter A.2](../appendix/02_tile.ipynb). Only NaN is not looked for:
-# a model that computes NaN is broken already, and stays so.
+# words of [chapter A.2](../appendix/02_tile.ipynb). Only NaN is not looked for.
+# The one that arithmetic makes is `7fc00000` or `ffc00000`, to which the addition
+# does no harm: a model that computes NaN is broken already, and stays so.
 
 # %% imports of the pairs tags=["exporti"] module="cpu.bfloat16"
 import os
@@ -321,9 +322,11 @@ def pair(builder, low, high):
 # multiplied: a shift or a mask turns each half back into a float32. That is
 # slower than float32 throughout, so the model does not use it unless
 # `LLMNB_BF16=emulate` asks for it; the tests do, and check all of this on any
-# machine. One difference is left: `vdpbf16ps` takes *subnormal* numbers, those
-# smaller than $2^{-126} \approx 10^{-38}$, for zero, among its factors and its
-# sums. The emulation keeps them, as float32 does.
+# machine. Two differences are left. `vdpbf16ps` adds the product of the upper
+# halves first, the emulation that of the lower ones: the last bit of a sum may
+# differ. And it takes *subnormal* numbers, those smaller than
+# $2^{-126} \approx 10^{-38}$, for zero, among its factors and its sums. The
+# emulation keeps them, as float32 does.
 
 
 # %% multiply and add pairs tags=["exporti"] module="cpu.bfloat16"

@@ -97,6 +97,19 @@ def test_arm_has_neon_though_llvm_may_not_say_so(monkeypatch, triple, shape):
     assert tile.tile_shape() == shape
 
 
+def test_numba_may_be_told_to_leave_avx_alone(monkeypatch):
+    monkeypatch.delenv("LLMNB_TILE", raising=False)
+    host = {"sse2": True, "avx2": True, "avx512f": True, "avx512bf16": True}
+    monkeypatch.setattr(tile.llvm, "get_host_cpu_features", lambda: host)
+    monkeypatch.setattr(tile.llvm, "get_process_triple", lambda: "x86_64")
+    monkeypatch.setattr(numba.config, "CPU_FEATURES", None)
+    monkeypatch.setattr(numba.config, "ENABLE_AVX", 1)
+    assert tile.tile_shape() == (8, 3, 16)
+    monkeypatch.setattr(numba.config, "ENABLE_AVX", 0)
+    assert tile.cpu_features() == {"sse2"}
+    assert tile.tile_shape() == (4, 2, 4)
+
+
 def test_the_variable_comes_first(monkeypatch):
     monkeypatch.setenv("LLMNB_TILE", "5x3x8")
     assert tile.tile_shape() == (5, 3, 8)
@@ -153,6 +166,15 @@ def test_bf16_of_the_smallest_numbers(a, b, kept):
     weight, out = np.full((1, 1), 2.0**b, np.float32), np.empty_like(x)
     matmul.matmul_forward(out, x, weight, None, bf16=True)
     assert out == (2.0 ** (a + b) if kept or not bfloat16.HALVES else 0)
+
+
+def test_bf16_of_what_is_no_number():
+    """The NaN that arithmetic makes stays one; so does an infinity."""
+    bits = [0x7FC00000, 0xFFC00000, 0x7F800000, 0xFF800000]
+    x = np.array(bits, np.uint32).view(np.float32).reshape(1, 4, 1)
+    weight, out = np.ones((1, 1), np.float32), np.empty_like(x)
+    matmul.matmul_forward(out, x, weight, None, bf16=True)
+    np.testing.assert_array_equal(out, x)
 
 
 def of_rounded(layer, p, *names):
