@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from processes import python
 
+from llmnb import reference
 from llmnb.cpu import matmul as cpu
 
 
@@ -60,3 +61,18 @@ def test_more_threads_than_strips():
     """They have nothing to do, and say nothing."""
     done = python(EIGHT_THREADS, NUMBA_NUM_THREADS="8")
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("backend", [reference, cpu])
+def test_no_tokens_have_a_gradient_of_zero(backend):
+    none, other, weight = (
+        np.empty((1, 0, 7)),
+        np.empty((1, 0, 5)),
+        np.eye(5, 7),
+    )
+    dweight, dbias = np.full((5, 7), 9.0), np.full(5, 9.0)
+    grads = none.copy(), dweight, dbias
+    backend.matmul_backward(*grads, other, none, weight)
+    assert (dweight == 9).all() and (dbias == 9).all()
+    backend.matmul_backward(*grads, other, none, weight, add_dweight=False)
+    assert not dweight.any() and not dbias.any()
