@@ -15,7 +15,7 @@
 # > Another room of layers and one group of scratch memory: the model of Part 1
 # > trains as fast as the processor multiplies, and computes the same.
 #
-# *Reading time: 14 minutes. You need: [chapter 1.17](../1_by_hand/17_model.ipynb)
+# *Reading time: 20 minutes. You need: [chapter 1.17](../1_by_hand/17_model.ipynb)
 # and the kernels of this part.*
 
 # %% [markdown]
@@ -338,6 +338,93 @@ print(
 # - Our gradients and PyTorch's are off by the rounding of float32, and by no
 #   more.
 #
+# ## Exercises
+#
+# **1** (★). GPT-2 124M trains on batches of 4 texts of 64 tokens, on a machine that
+# does 200 GFLOP/s throughout. How many seconds does a step take? Count $6N$
+# operations a token, in your head.
+#
+# :::{admonition} Solution to exercise 1
+# :class: dropdown
+# $6 \cdot 124 \cdot 10^6 \cdot 256 \approx 190 \cdot 10^9$: about 0.95 seconds. Attention,
+# the $6LCT$ that we left out, is less than a hundredth of it at 64 tokens.
+# :::
+
+# %% exercise 1 tags=["hide-cell"]
+answer = 0.95
+
+# %% exercise 1, checked
+exact = flops_per_token(GPT2Config(), 64) * 4 * 64 / 200e9
+verdict("the step", abs(answer / exact - 1) < 0.02, "to one part in fifty")
+
+# %% [markdown]
+# **2** (★★). Let GELU's gradient come out too large by a factor of $1 + \epsilon$. This
+# chapter has three checks: against float64, to $10^{-10}$; against PyTorch's rounding
+# in float32, less than three times as far from float64; against PyTorch's curve, to
+# $10^{-4}$. Which of them notice $\epsilon = 10^{-3}$, which $10^{-5}$, which $10^{-7}$?
+#
+# :::{admonition} Solution to exercise 2
+# :class: dropdown
+# Only the first is noticed by all three. A curve forgives most: it moves by about
+# $\epsilon$. The gradients in float32 find a mistake that is larger than their
+# rounding, some $5 \cdot 10^{-7}$. In float64 there is next to no rounding, and a
+# factor that is off by $10^{-7}$ stands out. So new layers are proved in float64,
+# and curves are for what no single step shows.
+# :::
+
+# %% exercise 2 tags=["hide-cell"]
+noticed_by = {1e-3: 3, 1e-5: 2, 1e-7: 1}
+
+# %% exercise 2, layers with a mistake tags=["hide-cell"]
+from types import SimpleNamespace
+
+from llmnb import cpu
+
+recorded = np.load(Path("../../tests/data/parity_odd.npz"))
+
+
+def layers_off_by(eps):
+    def gelu_backward(dinp, dout, inp, add=True):
+        cpu.gelu_backward(dinp, dout, inp, add)
+        dinp *= dinp.dtype.type(1 + eps)
+
+    return SimpleNamespace(**vars(cpu) | {"gelu_backward": gelu_backward})
+
+
+def distances(eps, precision):
+    """Of all gradients of the model of the figure, from float64's."""
+    student = GPT2(GPT2Config(**case["model"]), *sizes, "cpu", precision)
+    student.ops = layers_off_by(eps)
+    for name, x in student.params.items():
+        x[...] = recorded[f"initial.{name}"]
+    student.forward(inputs, answers)
+    student.backward()
+    grads = student.grads.items()
+    return {name: distance(x, f"grads.fp64.{name}") for name, x in grads}
+
+
+# %% exercise 2, the three checks tags=["hide-cell"]
+def checks(eps):
+    """Which of the three notice the mistake."""
+    us = distances(eps, "fp32")
+    student = new_model(small, 257)
+    student.ops = layers_off_by(eps)
+    batches = Readers(text, small.batch_size, small.seq_len)
+    run = islice(train(small, student, batches), 40)
+    off = [abs(x.loss - y) for x, y in zip(run, theirs, strict=False)]
+    return (
+        max(distances(eps, "fp64").values()) > 1e-10,
+        any(us[name] > 3 * torch[name] for name in us),
+        max(off) > 1e-4,
+    )
+
+
+# %% exercise 2, checked
+verdict("no mistake", not any(checks(0)), "is noticed by none")
+for eps, count in noticed_by.items():
+    verdict(f"{eps:.0e}", sum(checks(eps)) == count, f"noticed by {count}")
+
+# %% [markdown]
 # ## What llmnb gained
 
 # %% what llmnb gained
