@@ -126,8 +126,8 @@ def _softmax_forward(part, parts, address):
 # %% [markdown]
 # The backward kernel (1.11.12) works in place and takes one array, not two;
 # where the caller brings two, the logits are copied first. In place is the
-# common case. The few columns of padding are set to zero by NumPy, outside,
-# so that the kernel is one loop and soon compiled.
+# common case. Each row's few columns of padding are set to zero by the thread
+# that has the row.
 
 
 # %% the backward kernel tags=["exporti"]
