@@ -130,9 +130,10 @@ print(run_edit_run("numba.njit(cache=True)"))
 # code inside, and to load it is to run it: whoever may write in that folder
 # may run what they like as you. So the folder must belong to you, and nobody
 # else may enter. Where there is no such folder, because the home is missing,
-# the disk is full or another user was there first, the kernels are compiled
-# at each start, and that is all. The environment variable `LLMNB_CACHE` can
-# name another place.
+# the disk is full, another user was there first, or the package runs from a zip
+# archive, where no sources are to be hashed, the kernels are compiled at each
+# start, and that is all. The environment variable `LLMNB_CACHE` can name another
+# place.
 
 # %% imports of what is kept tags=["export"]
 import contextlib
@@ -160,9 +161,12 @@ def _origin():
     parts = [numba.__version__, llvmlite.__version__, sys.version]
     parts.append(os.environ.get("LLMNB_TILE", ""))  # see chapter A.2
     package = Path(__file__).parents[1]
-    for room in ("cpu", "bench", "reference"):
-        for path in sorted((package / room).glob("*.py")):
-            parts += [path.name, path.read_text("utf-8")]
+    rooms = [package / name for name in ("cpu", "bench", "reference")]
+    sources = [path for room in rooms for path in sorted(room.glob("*.py"))]
+    if not sources:
+        raise FileNotFoundError(f"{package}: no sources")
+    for path in sources:
+        parts += [path.name, path.read_text("utf-8")]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 

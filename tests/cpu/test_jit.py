@@ -358,6 +358,14 @@ def test_the_folder_is_named_by_the_sources(tmp_path, monkeypatch):
     assert folder() == first
 
 
+def test_without_sources_nothing_is_kept(tmp_path, monkeypatch):
+    """As in a zip archive: any state of them would have the same name."""
+    monkeypatch.setenv("LLMNB_CACHE", str(tmp_path))
+    inside = tmp_path / "llmnb.zip" / "llmnb" / "cpu" / "compiled.py"
+    monkeypatch.setattr(compiled, "__file__", str(inside))
+    assert compiled.cache_folder.__wrapped__() is None
+
+
 THREADS_CHANGE = """
 import os
 import sys
