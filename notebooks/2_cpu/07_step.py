@@ -358,15 +358,15 @@ exact = flops_per_token(GPT2Config(), 64) * 4 * 64 / 200e9
 verdict("the step", abs(answer / exact - 1) < 0.02, "to one part in fifty")
 
 # %% [markdown]
-# **2** (★★). Let GELU's gradient come out too large by a factor of $1 + \epsilon$. This
+# **2** (★★). Let GELU's gradient come out too large by a part in $10^3$. This
 # chapter has three checks: against float64, to $10^{-10}$; against PyTorch's rounding
 # in float32, less than three times as far from float64; against PyTorch's curve, to
-# $10^{-4}$. Which of them notice $\epsilon = 10^{-3}$, which $10^{-5}$, which $10^{-7}$?
+# $10^{-4}$. Which of them notice it? Which notice a part in $10^5$, and in $10^7$?
 #
 # :::{admonition} Solution to exercise 2
 # :class: dropdown
 # Only the first is noticed by all three. A curve forgives most: it moves by about
-# $\epsilon$. The gradients in float32 find a mistake that is larger than their
+# as much. The gradients in float32 find a mistake that is larger than their
 # rounding, some $5 \cdot 10^{-7}$. In float64 there is next to no rounding, and a
 # factor that is off by $10^{-7}$ stands out. So new layers are proved in float64,
 # and curves are for what no single step shows.
@@ -383,18 +383,18 @@ from llmnb import cpu
 recorded = np.load(Path("../../tests/data/parity_odd.npz"))
 
 
-def layers_off_by(eps):
+def layers_off_by(part):
     def gelu_backward(dinp, dout, inp, add=True):
         cpu.gelu_backward(dinp, dout, inp, add)
-        dinp *= dinp.dtype.type(1 + eps)
+        dinp *= dinp.dtype.type(1 + part)
 
     return SimpleNamespace(**vars(cpu) | {"gelu_backward": gelu_backward})
 
 
-def distances(eps, precision):
+def distances(part, precision):
     """Of all gradients of the model of the figure, from float64's."""
     student = GPT2(GPT2Config(**case["model"]), *sizes, "cpu", precision)
-    student.ops = layers_off_by(eps)
+    student.ops = layers_off_by(part)
     for name, x in student.params.items():
         x[...] = recorded[f"initial.{name}"]
     student.forward(inputs, answers)
@@ -404,16 +404,16 @@ def distances(eps, precision):
 
 
 # %% exercise 2, the three checks tags=["hide-cell"]
-def checks(eps):
+def checks(part):
     """Which of the three notice the mistake."""
-    us = distances(eps, "fp32")
+    us = distances(part, "fp32")
     student = new_model(small, 257)
-    student.ops = layers_off_by(eps)
+    student.ops = layers_off_by(part)
     batches = Readers(text, small.batch_size, small.seq_len)
     run = islice(train(small, student, batches), 40)
     off = [abs(x.loss - y) for x, y in zip(run, theirs, strict=False)]
     return (
-        max(distances(eps, "fp64").values()) > 1e-10,
+        max(distances(part, "fp64").values()) > 1e-10,
         any(us[name] > 3 * torch[name] for name in us),
         max(off) > 1e-4,
     )
@@ -421,8 +421,8 @@ def checks(eps):
 
 # %% exercise 2, checked
 verdict("no mistake", not any(checks(0)), "is noticed by none")
-for eps, count in noticed_by.items():
-    verdict(f"{eps:.0e}", sum(checks(eps)) == count, f"noticed by {count}")
+for part, count in noticed_by.items():
+    verdict(f"{part:.0e}", sum(checks(part)) == count, f"noticed by {count}")
 
 # %% [markdown]
 # ## What llmnb gained
