@@ -6,7 +6,6 @@ __all__ = ["matmul_backward", "matmul_forward"]
 
 
 # imports of the CPU module
-from llmnb.backend import noted
 from llmnb.cpu.jit import arguments, inlined, team
 from llmnb.cpu.microkernel import Place, moved, steps_per_line
 from llmnb.cpu.panels import (
@@ -84,8 +83,8 @@ def as_flat(x):
 
 def _product(out, a, b, start=None, bias=None, work=None, bf16=False):
     """out = start + bias + a @ b for matrices; the first two may be None."""
-    if start is None and not a.shape[1]:  # a sum of nothing, of no tokens
-        noted(out.fill, 0)
+    if start is None and not a.shape[1]:  # no tokens, which no step has
+        out[...] = 0
     made = scratch(work, bf16, out.dtype)
     sizes, zeros = (*out.shape, a.shape[1]), ROWS * COLS
     (a, *a_steps), (b, *b_steps) = map(as_flat, (a, b))

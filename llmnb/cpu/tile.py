@@ -13,6 +13,7 @@ import llvmlite.binding as llvm
 import numba
 from llvmlite import ir
 from numba.core import cgutils
+from numba.core.codegen import get_host_cpu_features
 
 
 # what the processor has
@@ -24,14 +25,11 @@ def cpu_features():
 
     Derived in chapter A.2.
     """
-    chosen = numba.config.CPU_FEATURES
-    if chosen is not None:
-        return {f[1:] for f in chosen.split(",") if f.startswith("+")}
-    found = {x for x, has in llvm.get_host_cpu_features().items() if has}
-    if not numba.config.ENABLE_AVX:
-        found = {x for x in found if not x.startswith("avx")}
+    masked = numba.config.CPU_FEATURES
+    chosen = get_host_cpu_features() if masked is None else masked
+    found = {x[1:] for x in chosen.split(",") if x.startswith("+")}
     arm = llvm.get_process_triple().startswith(("aarch64", "arm64"))
-    return found | ({"neon"} if arm else set())
+    return found | ({"neon"} if arm and masked is None else set())
 
 
 def tile_shape():

@@ -82,6 +82,7 @@ import llvmlite.binding as llvm
 import numba
 from llvmlite import ir
 from numba.core import cgutils
+from numba.core.codegen import get_host_cpu_features
 
 
 # %% what the processor has tags=["export"]
@@ -91,14 +92,11 @@ def cpu_features():
     By LLVM's names, such as "avx2". NUMBA_CPU_FEATURES and NUMBA_ENABLE_AVX
     mask them, as they do for numba.
     """
-    chosen = numba.config.CPU_FEATURES
-    if chosen is not None:
-        return {f[1:] for f in chosen.split(",") if f.startswith("+")}
-    found = {x for x, has in llvm.get_host_cpu_features().items() if has}
-    if not numba.config.ENABLE_AVX:
-        found = {x for x in found if not x.startswith("avx")}
+    masked = numba.config.CPU_FEATURES
+    chosen = get_host_cpu_features() if masked is None else masked
+    found = {x[1:] for x in chosen.split(",") if x.startswith("+")}
     arm = llvm.get_process_triple().startswith(("aarch64", "arm64"))
-    return found | ({"neon"} if arm else set())
+    return found | ({"neon"} if arm and masked is None else set())
 
 
 def tile_shape():

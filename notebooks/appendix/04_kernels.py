@@ -161,12 +161,10 @@ def _origin():
     parts = [numba.__version__, llvmlite.__version__, sys.version]
     parts.append(os.environ.get("LLMNB_TILE", ""))  # see chapter A.2
     package = Path(__file__).parents[1]
-    rooms = [package / name for name in ("cpu", "bench", "reference")]
-    sources = [path for room in rooms for path in sorted(room.glob("*.py"))]
-    if not sources:
-        raise FileNotFoundError(f"{package}: no sources")
-    for path in sources:
-        parts += [path.name, path.read_text("utf-8")]
+    for room in ("cpu", "bench", "reference"):
+        for path in sorted((package / room).iterdir()):  # not in an archive
+            if path.suffix == ".py":
+                parts += [path.name, path.read_text("utf-8")]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 

@@ -92,7 +92,7 @@ def test_the_shape_follows_the_features(monkeypatch, shape):
 def test_arm_has_neon_though_llvm_may_not_say_so(monkeypatch, triple, shape):
     monkeypatch.delenv("LLMNB_TILE", raising=False)
     monkeypatch.setattr(numba.config, "CPU_FEATURES", None)
-    monkeypatch.setattr(tile.llvm, "get_host_cpu_features", dict)
+    monkeypatch.setattr(tile, "get_host_cpu_features", str)  # none
     monkeypatch.setattr(tile.llvm, "get_process_triple", lambda: triple)
     assert tile.tile_shape() == shape
 
@@ -100,7 +100,10 @@ def test_arm_has_neon_though_llvm_may_not_say_so(monkeypatch, triple, shape):
 def test_numba_may_be_told_to_leave_avx_alone(monkeypatch):
     monkeypatch.delenv("LLMNB_TILE", raising=False)
     host = {"sse2": True, "avx2": True, "avx512f": True, "avx512bf16": True}
-    monkeypatch.setattr(tile.llvm, "get_host_cpu_features", lambda: host)
+    found = tile.llvm.targets.FeatureMap
+    monkeypatch.setattr(
+        tile.llvm, "get_host_cpu_features", lambda: found(host)
+    )
     monkeypatch.setattr(tile.llvm, "get_process_triple", lambda: "x86_64")
     monkeypatch.setattr(numba.config, "CPU_FEATURES", None)
     monkeypatch.setattr(numba.config, "ENABLE_AVX", 1)
