@@ -67,7 +67,7 @@ def problem(B, T, NH, hs, NKV=None):
 # arithmetic was the limit, because blocks stay in a cache. Here a block of
 # threads has 48 KB of *shared memory* unless it asks for more, as ours do not
 # ([chapter 3.1](01_threads.ipynb)), and what does not fit there travels through
-# global memory. These kernels have been simulated and compiled, and never run.
+# global memory. These kernels were simulated and compiled, not run on a GPU.
 
 # %% imports of the GPU's kernels tags=["export"] module="cuda.attention"
 import functools
