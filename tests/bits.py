@@ -6,6 +6,8 @@
 The last bits of float32 depend on the processor, on NumPy's and numba's
 versions, so that the record has one set of hashes for each such machine. Any
 other has no set: there, record one before a change, and compare after it.
+On some processors NumPy's depend on the threads of its BLAS too. `make test`
+gives it one: a set that is kept is recorded with OPENBLAS_NUM_THREADS=1.
 """
 
 import contextlib

@@ -18,6 +18,7 @@ from llmnb.gpu import launch
 from llmnb.gpu.launch import DeviceArray, Kernel
 from llmnb.gpu.ptx import compile_kernel, no_compiler
 from llmnb.gpu.simulator import record
+from llmnb.reference.bfloat16 import to_bfloat16
 
 KINDS = {
     "pred": np.bool_, "f32": np.float32,
@@ -84,13 +85,6 @@ def inserted(a, b, start, length):
 def halves(x):
     """The two bfloat16 of 32 bits, lower first, as float32."""
     return (x << 16).view(np.float32), (x & 0xFFFF0000).view(np.float32)
-
-
-def half(x):
-    """The bits of x as a bfloat16, rounded to nearest, ties to even."""
-    bits = x.view(np.uint32).astype(np.uint64)
-    near = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
-    return np.where(np.isnan(x), 0x7FFF, near).astype(np.uint32)
 
 
 SAME = {  # operands and result are of the instruction's last kind
@@ -466,7 +460,8 @@ class Block:
         to, kind = one.parts[-2:]
         values = [self.read(x, kind, who) for x in one.operands[1:]]
         if repr(one) == "cvt.rn.bf16x2.f32":
-            found = half(values[0]) << 16 | half(values[1])
+            above, low = (to_bfloat16(x).astype(np.uint32) for x in values)
+            found = above << 16 | low
         elif repr(one) == "cvt.ftz.sat.f32.f32":
             found = np.clip(np.nan_to_num(values[0], nan=0), 0, 1)
         elif kind != "f32":

@@ -69,7 +69,7 @@ def test_tensor_cores():
 @pytest.mark.parametrize(
     "cfg", [GPT2Config(7, 61, 1, 2, 32), LlamaConfig(7, 61, 1, 2, 32, **SMALL)]
 )
-def test_three_steps(cfg, precision):
+def test_two_steps(cfg, precision):
     """A model learns by it as on the CPU."""
     tokens, targets = batch(cfg, 1, 7)
     how, found = {"learning_rate": 1e-2, "max_norm": 1.0}, []
