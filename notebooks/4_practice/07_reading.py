@@ -241,7 +241,7 @@ def _codec_of(path):
     with open(path, "rb") as file:
         try:
             name = tokenize.detect_encoding(lambda: _short_line(file))[0]
-        except SyntaxError:
+        except (SyntaxError, LookupError, UnicodeError):  # of the codec's
             raise NotText(f"{path} must be UTF-8 text") from None
     name = codecs.lookup(name).name
     if not CODECS.fullmatch(name):
