@@ -331,6 +331,9 @@ SEARCHES = {
     "attention": ["1.8 Attention"],
     "layernorm_backward": ["1.6 LayerNorm", "layernorm_backward"],
     "tokens": ["1.2 Tokens"],
+    "attention backward": ["Backward, derived"],
+    "fine-tune": ["4.18 Fine-tuning"],
+    "tokenization": ["5.8 Other tokenizers"],
 }
 
 

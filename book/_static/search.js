@@ -25,19 +25,24 @@ function load() {
   return book;
 }
 
-// train, trains, trained, training and trainer share their beginning.
+// train, trains, trained, training and trainer share their beginning, and so do
+// tokenizer and tokenization.
 function stem(word) {
-  if (!/^[a-z]{4,}$/.test(word)) return word;
-  const short = word.replace(/(ings?|ers?|ed|es|e|(?<!s)s)$/, "");
+  if (!/^[a-z-]{4,}$/.test(word)) return word;
+  const ends = /((?<=i[sz])ations?|ings?|ers?|ed|es|e|(?<!s)s)$/;
+  const short = word.replace(ends, "");
   return short.length < 3 ? word : short;
 }
 
-// A query's words as patterns for the beginning of a word.
+// A query's words as patterns for the beginning of a word; a hyphen may be a
+// space or nothing, and -ize is -ise.
 function patterns(query) {
-  const words = query.toLowerCase().match(/[\p{L}\p{N}_.+-]+/gu) ?? [];
+  const form = /[\p{L}\p{N}]([\p{L}\p{N}_.+-]*[\p{L}\p{N}+])?/gu;
+  const words = query.toLowerCase().match(form) ?? [];
   const telling = words.filter((x) => !STOP.has(x));
   return (telling.length ? telling : words).map((word) => {
-    const text = stem(word).replace(/[.+\-]/g, "\\$&");
+    const text = stem(word).replace(/[.+]/g, "\\$&")
+      .replaceAll("-", "[- ]?").replace(/i[sz](?=a|e|$)/, "i[sz]");
     return new RegExp(`(?<![\\p{L}\\p{N}])${text}[\\p{L}\\p{N}]*`, "giu");
   });
 }
@@ -48,24 +53,31 @@ function count(text, pattern) {
 
 // How much of a title the words cover: 1 for "Training" and "train".
 function cover(title, wanted) {
-  const words = title.match(/\p{L}[\p{L}\p{N}_]*/gu) ?? [];
-  const hits = words.filter((x) => wanted.some((p) => count(x, p)));
-  return words.length ? hits.length / words.length : 0;
+  const letters = (x) => count(x, /\p{L}/gu);
+  const hits = wanted.flatMap((p) => title.match(p) ?? []);
+  return Math.min(1, letters(hits.join("")) / (letters(title) || 1));
 }
 
-// Titles weigh more than prose; every word must occur.
+// Titles weigh more than summaries, and these more than prose. Every word must
+// occur, there or in the name of the page, and one of them in the section
+// itself. Part 1 derives what the other parts make fast.
 function score(section, wanted) {
-  const { names, text } = section;
+  const { names, summary, text, from, link } = section;
   let sum = 0;
+  let own = 0;
   for (const pattern of wanted) {
-    const inTitle = count(names, pattern);
     const inText = count(text, pattern);
-    if (!inTitle && !inText) return 0;
-    sum += 10 * Math.min(inTitle, 1) + Math.min(inText, 6) / 2;
+    const weight = count(names, pattern) ? 10 : count(summary, pattern) ? 8
+      : count(from, pattern) ? 5 : 0;
+    if (!weight && !inText) return 0;
+    own += weight > 5 || inText;
+    sum += weight + Math.min(inText, 3) / 2;
   }
-  const chapter = section.from ? 0 : 6 * (sum >= 10);
-  const api = section.link.includes("book/api/") ? 0.6 : 1;
-  return (sum + chapter + 12 * cover(section.title, wanted)) * api;
+  const chapter = from || sum < 10 * wanted.length ? 0 : 6;
+  const first = link.includes("/1_by_hand/") ? 3 : 0;
+  const api = link.includes("book/api/") ? 0.6 : 1;
+  const title = 12 * cover(`${section.title} ${from}`, wanted);
+  return own && (sum + chapter + first + title) * api;
 }
 
 // A page's first section goes by the page's name, the others by their title.
@@ -77,6 +89,7 @@ function* sectionsOf(pages) {
         title: i ? title : name,
         from: i ? name : "",
         names: i ? title : `${name} ${title}`,
+        summary: text.match(/^.*(?=Reading time)/)?.[0] ?? "",
         text,
       };
 }
