@@ -182,6 +182,11 @@ def plain(html):
     return " ".join(re.sub(r"<[^>]+>", "", html).split())
 
 
+def test_no_two_chapters_have_one_name(subjects):
+    names = sorted(x.split(" ", 1)[1] for x in subjects.values())
+    assert names == sorted(set(names))
+
+
 def test_a_chapter_has_one_name_everywhere(built, subjects):
     for page, name in subjects.items():
         if page not in built:

@@ -11,7 +11,7 @@
 # ---
 
 # %% [markdown]
-# # AdamW: one thread each, one sum for all
+# # AdamW on a GPU: one thread each, one sum for all
 #
 # > On a GPU the update is the easiest of kernels and the norm of the gradients
 # > the hardest to keep: a sum of 124 million squares, in one order.

@@ -12,7 +12,7 @@
 # ---
 
 # %% [markdown]
-# # Published models: the same tensors under other names
+# # Files since GPT-2: the same tensors under other names
 #
 # > A config.json in either of two styles says which architecture it is; a table
 # > says which rows of ours each published tensor is.

@@ -12,7 +12,7 @@
 # ---
 
 # %% [markdown]
-# # Shards: the optimiser in parts
+# # Averages in shards: the optimiser in parts
 #
 # > AdamW's averages exist once over all ranks; a run on many machines writes the
 # > bytes of a run on one, is killed like one, and goes on with another number
