@@ -221,6 +221,21 @@ def test_index_html_says_what_it_is(built):
     assert "book/intro.html" in page.links
 
 
+def test_a_word_of_the_glossary_is_a_link_where_it_is_explained(built):
+    """Unless its chapter says it in other words."""
+    text = (HTML / "book" / "glossary.html").read_text("utf-8")
+    entries = re.findall(r'(?s)<dt id="(term-.+?)">.+?<dd>(.+?)</dd>', text)
+    linked = {}
+    for name, entry in entries:
+        home = re.search(r'href="\.\./([^"]+)"', entry)[1]
+        if home in built:
+            links = {x.rpartition("#")[2] for x in built[home].links}
+            linked[name] = name in links
+    assert sum(linked.values()) >= 0.8 * len(linked), linked
+    assert linked["term-warp"]
+    assert linked["term-key-value-cache-KV-cache"]
+
+
 def test_equations_and_figures_have_ids_and_links(built):
     for path in CHAPTERS:
         name = f"notebooks/{place(path)}.html"

@@ -1,8 +1,9 @@
-"""Links to equations, figures, chapters and names.
+"""Links to equations, figures, chapters, names and the glossary's words.
 
 The notebooks write "(1.6.10)", "figure 1.6.3", "chapter 1.6" and
 `layernorm_backward` as plain text. Here each becomes a link, in the text and
-in the comments of code. What exists is read from the notebooks' sources, so
+in the comments of code, and so does a word of the glossary in the chapter that
+explains it. What exists is read from the notebooks' sources, so
 a reference to nothing is a warning even where only some pages are built.
 cards.py shows what a link leads to.
 """
@@ -11,7 +12,7 @@ import itertools
 import re
 
 from docutils import nodes
-from llmnb_book import chapters, pages
+from llmnb_book import ROOT, chapters, pages
 from sphinx import addnodes
 from sphinx.util import logging
 
@@ -26,6 +27,8 @@ REFERENCE = re.compile(
 )
 TAG = re.compile(rf"\\tag\{{({NUMBER})\}}")
 CAPTION = re.compile(rf"Figure ({NUMBER})\.")
+# a term of the glossary, and the first chapter in its definition
+TERM = re.compile(r"^(\w.*)\n(?:  .+\n)*?  .*?\[Chapter\s+([\dA]\.\d+)", re.M)
 COMMENT = re.compile(r'(<span class="(?:c1|sd)">)(.*?)(?=</span>)', re.S)
 # text in these stays as it is
 CLOSED = (
@@ -211,6 +214,48 @@ def link_names(doctree, docname, names):
         link += literal
 
 
+def homes():
+    """The glossary's terms by the page of the chapter that explains them."""
+    text = (ROOT / "book/glossary.md").read_text("utf-8")
+    found = {}
+    for term, label in TERM.findall(text[text.index("```{glossary}") :]):
+        found.setdefault(pages()[label], []).append(term)
+    return found
+
+
+def mentions(doctree, term):
+    """Where a page's sections have a term: texts and their matches."""
+    forms = "|".join(map(re.escape, term.split(", "))).replace(r"\ ", r"\s+")
+    pattern = re.compile(rf"\b({forms})(e?s)?\b", re.I)
+    for text in doctree.findall(nodes.Text):
+        section = around(text, nodes.section)
+        below = section and section.parent is not doctree
+        match = below and not around(text, CLOSED) and pattern.search(text)
+        if match:
+            yield text, match
+
+
+def link_terms(doctree, docname, app, terms):
+    """Link the glossary's words where their chapter explains them."""
+    links = doctree.findall(nodes.reference)
+    linked = {x.get("refuri", "").rpartition("#")[2] for x in links}
+    known = app.env.domains["std"].objects
+    for term in terms:
+        # a book of some chapters only has no glossary
+        page, name = known.get(("term", term), ("", ""))
+        found = [] if name in linked else [*mentions(doctree, term)]
+        if not page or not found:
+            continue
+        # a word that is explained is set in italics or bold, by itself
+        text, match = min(found, key=lambda x: x[0] != x[1][0])
+        address = app.builder.get_relative_uri(docname, page) + f"#{name}"
+        link = nodes.reference(match[0], match[0], refuri=address)
+        link["internal"] = True
+        ends = text[: match.start()], text[match.end() :]
+        new = [nodes.Text(ends[0]), link, nodes.Text(ends[1])]
+        text.parent.replace(text, [x for x in new if x.astext()])
+
+
 def link_comments(body, docname, targets):
     """Link the references in the comments of highlighted code."""
 
@@ -231,6 +276,7 @@ def link(app, doctree, docname):
     link_text(doctree, docname, app.llmnb_targets)
     if not docname.startswith("book/api/"):
         link_names(doctree, docname, Names(app))
+    link_terms(doctree, docname, app, app.llmnb_homes.get(docname, ()))
 
 
 def link_code(app, pagename, templatename, context, doctree):
@@ -240,7 +286,7 @@ def link_code(app, pagename, templatename, context, doctree):
 
 
 def start(app):
-    app.llmnb_targets = Targets(app)
+    app.llmnb_targets, app.llmnb_homes = Targets(app), homes()
 
 
 def setup(app):

@@ -35,9 +35,9 @@ gpt2_diagram(lit="weights")
 # table once more.*
 #
 # The page of [chapter 1.14](14_page.ipynb) drew its matrices with the standard
-# deviation 0.02 and gave no reason. This chapter says why it must be about so small,
-# does what (1.10.6) asked of two matrices a block, and builds `init_params`. At its
-# end you can
+# deviation 0.02 and gave no reason. Such a choice is a model's *initialisation*. This
+# chapter says why it must be about so small, does what (1.10.6) asked of two matrices a
+# block, and builds `init_params`. At its end you can
 #
 # - say why weights must not begin equal;
 # - say how a weight's standard deviation changes the size of activations

@@ -455,7 +455,8 @@ print(f"{final:.3f}  the model, on text it has not seen")
 # - **2 layers, 64 channels, 4 heads.** What NumPy trains while you wait. One layer
 #   cannot look for what followed the last time, two can
 #   ([chapter 1.20](20_inside.ipynb)).
-# - **3,000 steps.** Nearly six times through the text; more would be learnt by heart.
+# - **3,000 steps.** Nearly six times through the text; more would be learnt by heart,
+#   which is called *overfitting*.
 # - **Peak 0.005.** Small models bear more than the 0.0006 usual at GPT-2's size, and not
 #   any amount.
 # - **150 steps of warm-up, clip at 1, $\beta_2 = 0.95$.** AdamW's defences ([chapter

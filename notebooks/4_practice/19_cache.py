@@ -118,7 +118,7 @@ for n in (2, 3):
 # $$ 2 L C \text{ numbers}, \tag{4.19.2} $$
 #
 # 18,432 for GPT-2 124M, or 74 kB in float32: a full window of 1,024 positions
-# takes 75 MB. These are the **key-value cache**.
+# takes 75 MB. These are the **key-value cache**, or KV cache.
 
 # %% draw what is computed tags=["hide-input"]
 words = ["to", "be", "or", "not", "to", "be"]

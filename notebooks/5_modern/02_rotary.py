@@ -26,7 +26,7 @@
 # Attention compares vectors and knows nothing of order. GPT-2 adds a vector for
 # the position to that of the token, once, at the very beginning. The models of this
 # part add nothing. They turn queries and keys, in every block, just before they
-# meet. At the end of this chapter you can
+# meet: *rotary positions*, RoPE for short. At the end of this chapter you can
 #
 # - say which terms of a score a sum of two vectors makes, and which one you wanted;
 # - derive that turned vectors see a distance, and read distances off a clock;

@@ -77,8 +77,8 @@ for name, (L, NH, NKV, hs) in models.items():
 # 2 GB for one text, beside weights of 13 GB; with eight texts at once the cache is
 # larger than the model. And all of it is read for each token.
 #
-# So let several heads of queries read the same keys and values. This is *grouped query
-# attention*; with one head of keys for all it is called *multi-query*. [Chapter
+# So let several heads of queries read the same keys and values. These are *grouped
+# queries*, GQA; with one head of keys for all they are called *multi-query*, MQA. [Chapter
 # 1.8](../1_by_hand/08_attention.ipynb) has written attention for any $NKV$ that divides
 # $NH$, and so have all kernels since. Head $h$ of the queries reads head $\lfloor h
 # \cdot NKV / NH \rfloor$ of the keys, neighbours share. Backward, a key that several
