@@ -196,6 +196,7 @@ def test_pages_and_images_say_what_they_show(built):
             alt = image.get("alt") or ""
             assert len(alt.split()) > 1, (name, image["src"])
             assert not alt.startswith((".", "/", "_")), (name, image["src"])
+    assert built["book/intro.html"].title.count("GPT-2") == 1
 
 
 def test_chapters_show_their_exported_cells_and_their_number(built):
@@ -210,6 +211,8 @@ def test_chapters_show_their_exported_cells_and_their_number(built):
         assert sum(bool(marks & set(c)) for c in page.classes) == want
         assert sum("export-label" in c for c in page.classes) == want
         assert sum("chapter-number" in c for c in page.classes) == 1
+        html = (HTML / f"notebooks/{place(path)}.html").read_text("utf-8")
+        assert "# fmt: " not in html, path.name
 
 
 # The built pages, in a browser
@@ -374,7 +377,10 @@ def test_page_renders(visit, name):
     found += [f"at 390 px: {x}" for x in page.evaluate(TOO_WIDE)]
     page.set_viewport_size({"width": 1280, "height": 844})
     found += [f"at 1280 px: {x}" for x in page.evaluate(TOO_WIDE)]
+    page.set_viewport_size({"width": 320, "height": 844})
+    wide = page.evaluate("document.scrollingElement.scrollWidth")
     assert visit.trouble + found == []
+    assert wide <= 320
 
 
 def luminance(colour):

@@ -82,6 +82,13 @@ def test_what_an_author_hides_is_in_a_fold(built):
         assert len(re.findall(pattern, text)) == len(both)
 
 
+def test_no_fold_repeats_its_heading(built):
+    text = (HTML / "notebooks/1_by_hand/05_encoder.html").read_text("utf-8")
+    names = re.findall(r"<summary>(.+?) <span", text)
+    assert names.count("the code") == 2
+    assert not {"where we are", "setup"} & set(names)
+
+
 def test_what_the_text_has_told_is_one_line(built):
     """A long function of the package as well: no outline stands for it."""
     found = 0
@@ -212,6 +219,10 @@ def test_without_scripts_folds_open_and_nothing_is_lost(browser, address):
         fold.locator("summary").click()
         assert fold.locator("pre").is_visible()
         assert page.locator(".view-switch").count() == 0
+        assert not page.locator(".bd-header-article .btn:visible").count()
+        link = page.locator("article p a").first
+        colour = link.evaluate("x => getComputedStyle(x).color")
+        assert colour == "rgb(10, 95, 158)"
 
 
 def test_an_address_inside_a_fold_opens_it(visit):
@@ -404,6 +415,48 @@ def test_keys_turn_the_page_but_not_from_a_field(visit):
     page.wait_for_url("**/06_layernorm.html")
 
 
+# The bar at the top, and the menus
+
+# Of each button its name, its left and right edge, and whether it shows that
+# it has the focus
+BAR = """() => [...document.querySelectorAll(".bd-header-article .btn")]
+    .filter(x => x.checkVisibility() && x.clientWidth).map(x => {
+        const {left, right} = x.getBoundingClientRect();
+        x.focus();
+        const {outlineStyle, outlineWidth} = getComputedStyle(x);
+        return [x.className, left, right,
+                outlineStyle === "none" ? 0 : parseFloat(outlineWidth)];
+    }).filter(x => !x[0].includes("dropdown-item"))"""
+
+
+@pytest.mark.parametrize("width", [320, 360, 390, 1280])
+def test_the_bar_fits_and_its_buttons_show_the_focus(visit, width):
+    page = look(visit)
+    page.keyboard.press("Tab")  # as one who uses the keyboard
+    bar = page.evaluate(BAR)
+    names = " ".join(name for name, *_ in bar)
+    assert "theme-switch" in names
+    assert width > 768 or {"search-button", "secondary-toggle"} <= {
+        *names.split()
+    }
+    for name, left, right, outline in bar:
+        assert 0 <= left < right <= width, name
+        assert outline >= 2, name
+
+
+@narrow
+def test_a_menu_opens_where_one_is_and_gives_the_focus_back(visit):
+    page = look(visit, "notebooks/5_modern/10_lora.html")
+    for which, text in ("primary", "5.10 LoRA"), ("secondary", "Where we are"):
+        page.locator(f".{which}-toggle").focus()
+        page.keyboard.press("Enter")
+        here = page.locator("dialog[open] a:focus", has_text=text)
+        here.wait_for()
+        assert 0 < here.bounding_box()["y"] < 800
+        page.keyboard.press("Escape")
+        page.locator(f".{which}-toggle:focus").wait_for()
+
+
 # Boxes that scroll, and equations
 
 CUES = """() => {
@@ -477,20 +530,24 @@ def test_code_can_be_read_by_its_colours(visit):
 # Paper
 
 
+@pytest.mark.parametrize("scheme", ["dark"])
 def test_on_paper_solutions_are_open_and_code_follows_the_switch(
     visit, tmp_path
 ):
+    """And all is as from a light screen."""
     page = visit.open(LAYERNORM)
     page.evaluate("dispatchEvent(new Event('beforeprint'))")
     page.emulate_media(media="print")
     kinds = page.evaluate(STATE)["open"]
     assert kinds == ["exercise fold"] * 3 + ["gained fold"]
+    assert all(contrast(*x) >= 4.5 for _, *x in page.evaluate(TOKENS))
     assert page.locator(".chapter-number").is_visible()
     assert not page.locator("#jb-print-docs-body").is_visible()
     heading = page.locator("article h1").bounding_box()
     assert heading["y"] < 300
     page.evaluate("dispatchEvent(new Event('afterprint'))")
     assert page.evaluate(STATE)["open"] == []
+    assert page.evaluate("document.documentElement.dataset.theme") == "dark"
     pdf = page.pdf(path=tmp_path / "page.pdf")
     assert len(re.findall(rb"/Type\s*/Page\b", pdf)) > 3
 

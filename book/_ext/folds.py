@@ -180,6 +180,9 @@ def fold_cell(cell, long):
     if kind is None and not AUTHORS & tags:
         return
     name = cell["cell_metadata"].get("title") or "code"
+    heading = cell.parent.next_node(nodes.title)
+    if heading is not None and heading.astext().lower() == name:
+        name = "the code"  # the heading has just said it
     classes = [kind] if kind else []
     # what an author folded stays folded where the code is open
     classes += ["authors"] if AUTHORS & tags else []

@@ -114,22 +114,23 @@ def lazy_images(app, pagename, templatename, context, doctree):
 def tidy(app, pagename, templatename, context, doctree):
     """Leave out what is empty or says nothing.
 
-    That is a header of no column, which a screen reader would announce, and
-    marks without a colour of their own.
+    That is a header of no column, which a screen reader would announce, marks
+    without a colour of their own, and words to the formatter.
     """
     if "body" in context:
         empty = r'<th class="head[^"]*">(<p></p>)?</th>'
         body = re.sub(empty, "<td></td>", context["body"])
         # names, commas and spaces have the colour of all code
         body = re.sub(r'<span class="[npw]">([^<]*)</span>', r"\1", body)
-        # a long name at the head of a column may break after a "_"
-        body = re.sub(r"(?s)<th [^>]*>.*?</th>", break_names, body)
+        body = re.sub(r' *<span class="c1"># fmt: skip</span>', "", body)
+        # a long name at the head of a column or a page may break inside
+        body = re.sub(r"(?s)<(th|h1)\b.*?</\1>", break_names, body)
         context["body"] = re.sub(r"(?s)<td>.*?</td>", keep_tuples, body)
 
 
 def break_names(match):
-    """A cell's HTML with a place to break after each "_" of its text."""
-    return re.sub("_(?=[^<>]*<)", "_<wbr/>", match[0])
+    """HTML with a place to break after each "_" and "." within its names."""
+    return re.sub(r"[_.](?=[a-z][^<>]*<)", r"\g<0><wbr/>", match[0])
 
 
 SHAPE = re.compile(r"\((?:[\w+ ]+,)+[\w+ ]*\)(?=[^<>]*<)")

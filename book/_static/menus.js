@@ -1,5 +1,6 @@
 // What the book uses of the theme's large library of parts, in a few lines:
-// menus that open under their button, and the button that leads to the top.
+// menus that open under their button, sidebars over the page, and the button
+// that leads to the top.
 
 (() => {
 function toggle(button, open) {
@@ -27,6 +28,19 @@ addEventListener("keydown", (event) => {
     button.focus();
   }
 });
+
+// A sidebar opens over a narrow page at the place where one is, and gives the
+// focus back.
+for (const which of ["primary", "secondary"]) {
+  const sidebar = document.querySelector(`#pst-${which}-sidebar-modal`);
+  const button = document.querySelector(`.${which}-toggle`);
+  button?.addEventListener("click", () => requestAnimationFrame(() => {
+    const here = sidebar?.querySelector("a.current, a.active");
+    here?.focus();
+    here?.scrollIntoView({ block: "center" });
+  }));
+  sidebar?.addEventListener("close", () => button?.focus());
+}
 
 // The way back to the top shows once you scroll up again.
 const top = document.querySelector("#pst-back-to-top");

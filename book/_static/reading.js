@@ -71,14 +71,19 @@ function openTarget() {
   if (shut.length) target.scrollIntoView();
 }
 
-// On paper solutions and tables are open; code stays as the switch says.
+// On paper solutions and tables are open; code stays as the switch says. Paper
+// is white.
 let opened = [];
+let theme;
 addEventListener("beforeprint", () => {
+  theme = page.dataset.theme;
+  page.dataset.theme = "light";
   const shut = "details:is(.exercise, .gained):not([open])";
   opened = [...document.querySelectorAll(shut)];
   for (const fold of opened) fold.open = true;
 });
 addEventListener("afterprint", () => {
+  page.dataset.theme = theme;
   for (const fold of opened) fold.open = false;
 });
 
@@ -191,8 +196,8 @@ function turnPage(event) {
 // ---- Boxes that scroll sideways --------------------------------------------
 
 const SCROLLERS =
-  "article :is(.highlight pre, div.math, .pst-scrollable-table-container, "
-  + ".drawing-frame)";
+  "article :is(.highlight pre, div.math, span.math, .drawing-frame, "
+  + ".pst-scrollable-table-container)";
 
 /** Shade the edge beyond which a box goes on; let the keyboard into it. */
 function cue(box) {

@@ -65,7 +65,7 @@ Move.kind("arena", (stage, data) => {
             onclick: () => player.by(all().indexOf(part) + 1 - player.step) },
           fits ? part.tensor : "");
         }), group.over ? make("span", { class: "move-over" },
-          "over the line above: the same bytes") : null)));
+          "the bytes of the line above") : null)));
     stage.picture.replaceChildren(...rows, make("p",
       { class: "move-total" }, "In all ", make("b", {}, short(map.total)),
       ` (${grouped(map.total)} bytes); the longest line is `
