@@ -15,6 +15,11 @@ TEXT = (
     "the low tower, the lower one and the lowest: the newest of the new "
     "towers has 12 windows, the wider ones 99. It isn't a wide window.\n"
 )
+# what tokenizers cut and merge in ways of their own
+PROBE = (
+    "It's 1,234.5 naïve  cafés:\n\n\tdef f(x):\r\n    return 'x'  # ok\n"
+    "東京 ½ ① é \u00a0 \U0001f600 \x00\x7f I'LL we've don't__ end  "
+)
 MARKUP = ["<s>", "</s>", "<|im_start|>"]
 CHATML = (
     "{% for m in messages %}"

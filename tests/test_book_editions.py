@@ -301,12 +301,6 @@ def test_a_wrong_function_fails_the_chapters_checks():
     assert "FAIL" in outputs(book)
 
 
-def test_an_empty_function_asks_for_its_body():
-    book = practice.plain(LAYERNORM, practice=True)
-    with pytest.raises(CellExecutionError, match="your code here"):
-        notebook.run(book, LAYERNORM.parent)
-
-
 def test_a_chapters_way_to_its_files_may_be_taken_twice(tmp_path, monkeypatch):
     way = practice.GO.format("1_by_hand")
     there, here = tmp_path / "notebooks", tmp_path / "build" / "practice"

@@ -647,12 +647,12 @@ def _write_transcript(args, talk):
 # ## Is it the same model?
 #
 # A wrong order of rows, a scale forgotten, another rule of cutting: each leaves a
-# model that talks, only worse. So `transformers` has read the same file, and the
-# tests compare: the tokens of texts and of rendered conversations
-# (`tests/model/test_smollm2_live.py`, where it is installed), and, recorded, the
-# logits of 512 tokens at every eighth position (they may differ by 0.002, as float32
-# sums do in another order), the perplexity, and 128 tokens drawn at temperature 0,
-# which must be the same (`tests/formats/test_smollm2.py`).
+# model that talks, only worse. So `transformers` has read the same file, and
+# `tests/formats/test_smollm2.py` compares: the tokens of texts and of rendered
+# conversations (where it is installed), and, recorded, the logits of 512 tokens at
+# every eighth position (they may differ by 0.002, as float32 sums do in another
+# order), the perplexity, and 128 tokens drawn at temperature 0, which must be the
+# same.
 #
 # ## What it says
 #

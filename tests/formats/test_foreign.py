@@ -7,7 +7,7 @@ import pytest
 from fuzz import altered, answer, fuzzed, mangled, refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from llamas import begin_with, byte_level, sentencepiece, write_gguf
+from llamas import PROBE, begin_with, byte_level, sentencepiece, write_gguf
 
 from llmnb.formats.foreign import foreign_gguf, foreign_json, open_foreign
 from llmnb.formats.vocabulary import open_encoding, tokenizer_beside
@@ -18,10 +18,6 @@ TEXT = (
     "The lowest of the newer towers fell in 1997; the newest, lower than "
     "most, has 12,345 windows. It isn't naïve, it's 東京's own ½.\n\n"
     "def f(x):\n    return x + 1  # the lower\n"
-)
-PROBE = (
-    "It's 1,234.5 naïve  cafés:\n\n\tdef f(x):\r\n    return 'x'  # ok\n"
-    "東京 ½ ① é \u00a0 \U0001f600 \x00\x7f I'LL we've don't__ end  "
 )
 MARKUP = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 

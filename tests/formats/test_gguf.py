@@ -7,8 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fuzz import altered, answer, fuzzed, mangled, put_number, refused
-from hypothesis import given
-from hypothesis import strategies as st
 from llamas import write_gguf
 
 import llmnb
@@ -74,17 +72,7 @@ def tensors(cfg, params):
     return found
 
 
-def packed_as(x, kind):
-    """Bytes and type; vectors stay float32, as in published files."""
-    if type(x) is tuple:
-        return x
-    if kind is None or x.ndim == 1:
-        return x, None
-    kind = gguf.GGMLQuantizationType[kind]
-    return gguf.quantize(x, kind), kind
-
-
-def write_model(path, cfg, params, pack=None, keys=(), arrays=()):
+def write_model(path, cfg, params, keys=(), arrays=()):
     """As llama.cpp's converter writes it; keys, arrays: what is otherwise.
 
     An array may be a tuple: its bytes and type, as they lie there.
@@ -92,7 +80,10 @@ def write_model(path, cfg, params, pack=None, keys=(), arrays=()):
     kind, said = KINDS[cfg.family], altered(metadata(cfg), dict(keys))
     said = {f"{kind}.{key}": x for key, x in said.items()}
     held = altered(tensors(cfg, params), dict(arrays))
-    rows = [(name, *packed_as(x, pack)) for name, x in held.items()]
+    rows = [
+        (name, *(x if type(x) is tuple else (x, None)))
+        for name, x in held.items()
+    ]
     return write_gguf(path, said, kind, rows)
 
 
@@ -143,36 +134,6 @@ def test_gemmas_settings_are_read(kind, most, tmp_path):
     path = write_model(tmp_path / "b.gguf", cfg, random_params(cfg))
     found = ours.gguf_config(ours.GGUFFile(path))
     assert found.attention_scale == (cfg.channels / cfg.num_heads) ** -0.5
-
-
-@given(st.integers(1, 4), st.integers(1, 5), st.integers(1, 3))
-def test_rows_are_put_back_in_order(heads, half, C):
-    x = np.arange(heads * 2 * half * C).reshape(-1, C)
-    back = ours.half_split(x, 2 * half)
-    assert np.array_equal(ours.interleaved(back, 2 * half), x)
-    # row 2i of a head goes to i, row 2i + 1 to i + half
-    assert np.array_equal(back[:half], x[0 : 2 * half : 2])
-    assert np.array_equal(back[half : 2 * half], x[1 : 2 * half : 2])
-
-
-# the largest error of a block, in parts of its largest number
-PACKED = {
-    "F32": 0, "F16": 2**-11, "BF16": 2**-8, "Q8_0": 0.5 / 127,
-    "Q5_0": 1 / 16, "Q5_1": 1 / 31, "Q4_0": 1 / 8, "Q4_1": 1 / 15,
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", PACKED)
-def test_packed_numbers_come_back_nearly(kind, tmp_path):
-    params = random_params(WIDE)
-    path = write_model(tmp_path / "a.gguf", WIDE, params, kind)
-    cfg, found = read(path)
-    assert cfg == WIDE
-    for name, x in params.items():
-        error, most = np.abs(found[name] - x), np.abs(x).max()
-        exact = kind == "F32" or name.startswith("ln")
-        assert error.max() <= (0 if exact else 1.01 * PACKED[kind] * most)
-        assert exact or error.max() > 0
 
 
 def q6_k(rows, d):
@@ -246,7 +207,6 @@ BAD = [
     ("token_embd.weight", None, "has no table token_embd.weight"),
     ("token_embd.weight", np.zeros(64, "f4"), "no table token_embd.weight"),
     ("blk.1.ffn_up.weight", None, "has no tensor blk.1.ffn_up.weight"),
-    ("output_norm.weight", np.full(64, np.inf, "f4"), "lnfw is inf at"),
     ("output_norm.weight", np.ones(64, "i4"),
      "output_norm.weight is I32, which gguf cannot unpack"),
 ]  # fmt: skip

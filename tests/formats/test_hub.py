@@ -237,11 +237,6 @@ def test_offline_without_a_cache(server, command):
     assert not server["asked"]
 
 
-def test_a_name_that_is_none():
-    with pytest.raises(ValueError, match="no 'gpt3': choose from gpt2, "):
-        fetch("gpt3")
-
-
 def test_any_error_of_the_library_is_one_sentence(monkeypatch):
     library = pytest.importorskip("huggingface_hub")
 

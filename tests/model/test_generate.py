@@ -141,17 +141,6 @@ def test_greedy_is_what_a_model_of_that_length_says(start):
     assert len(set(got)) > 1, "a text of one token would show little"
 
 
-def test_no_token_of_the_padding():
-    model = tiny_model()
-    # real logits are negative, those of the padded columns are 0
-    model.params["wte"][:V] = -1
-    model.params["lnfw"][:], model.params["lnfb"][:] = 0, 1
-    model.forward(np.zeros((1, T), np.int32))
-    assert model.logits.shape == (1, T, V) and model.logits.max() < 0
-    tokens = list(generate(model, [1], 300, temperature=5.0))
-    assert len(tokens) == 300 and max(tokens) < V
-
-
 SEED = r"must be a whole number in \[0, 2\*\*32\)"
 COLD = "must be at least 0 and finite"
 WHOLE = "must be a whole number of at least"

@@ -1,10 +1,4 @@
-"""The generator against PyTorch's recorded draws.
-
-tests/data/parity_draws.json is written by record_parity.py, with torch.
-"""
-
-import json
-from pathlib import Path
+"""The generator; chapter A.1 compares it with PyTorch's recorded draws."""
 
 import numpy as np
 import pytest
@@ -19,9 +13,6 @@ from llmnb.model.random import (
     box_muller,
 )
 
-DATA = Path(__file__).parents[1] / "data"
-RECORDED = json.loads((DATA / "parity_draws.json").read_text("utf-8"))
-
 
 def drawn(generator, n, mean=0.0, std=1.0):
     array = np.empty(n, np.float32)
@@ -34,13 +25,6 @@ def drawn(generator, n, mean=0.0, std=1.0):
 def test_words_are_those_of_numpys_seeding_by_an_integer(seed):
     want = np.random.RandomState(seed).randint(0, 2**32, 700, np.uint32)
     assert (MersenneTwister(seed).uint32(700) == want).all()
-
-
-def test_recorded_draws():
-    generator = Generator(RECORDED["seed"])
-    for n, want in RECORDED["golden"].items():
-        got = drawn(generator, int(n))
-        np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-6)
 
 
 def test_uniforms_at_the_ends_of_the_words():

@@ -7,14 +7,11 @@ import random
 import shutil
 import time
 from functools import cache, partial
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
 from fuzz import altered, fuzzed, header, mangled, packed, refused
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from large import TEXT, large_encoding
 from measure import peak
 from processes import held, python
@@ -61,35 +58,6 @@ def make(folder, paths, encoding=None, workers=2, force=False, **options):
 
 
 # where a text may be cut
-
-ALPHABET = "aest  \n\n\t\r'09.,é中🙂\u00a0\u2003\x1c\x85"
-
-
-@pytest.mark.parametrize("name", ["ours", "gpt2"])
-@settings(max_examples=200, deadline=None, derandomize=True)
-@given(text=st.text(ALPHABET, max_size=80) | st.text(max_size=80))
-def test_safe_cuts_keep_the_tokens(request, name, text):
-    encoding = ours() if name == "ours" else request.getfixturevalue(name)
-    encode = encoding.encode_ordinary
-    for match in documents.SAFE.finditer(text):
-        p = match.end()
-        assert encode(text[:p]) + encode(text[p:]) == encode(text)
-
-
-@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.jsonl"])
-def test_a_large_document_is_encoded_as_a_whole(tmp_path, name):
-    rng = random.Random(1)
-    text = "".join(rng.choices("abst é\n'", k=2_500_000))
-    raw = text.encode()
-    if name == "a.jsonl":
-        raw = json.dumps({"text": text}).encode()
-    (tmp_path / name).write_bytes(packed(name, raw))
-    pieces = [*sources([tmp_path / name])[0].pieces()]
-    assert len(pieces) > 1
-    make(tmp_path / "out", [tmp_path / name], shard_tokens=10**7)
-    got = tokens_of(tmp_path / "out")
-    whole = corpus.encode_documents(ours(), [text])
-    assert np.array_equal(got, whole)
 
 
 def test_a_large_vocabulary_fills_shards_of_four_bytes(tmp_path):
@@ -248,19 +216,6 @@ def whole(tmp_path_factory, texts):
     return folder
 
 
-@pytest.fixture
-def small_batches(monkeypatch):
-    monkeypatch.setattr(shards, "BATCH", 3000)
-
-
-def test_workers_change_no_byte(tmp_path, texts, small_batches, whole):
-    """Nor do batches."""
-    make(tmp_path / "five", [texts], workers=5)
-    assert written(tmp_path / "five") == written(whole)
-    want = corpus.encode_documents(ours(), text_of(texts))
-    assert np.array_equal(tokens_of(whole), want)
-
-
 def test_the_sizes_and_names_of_the_shards(tmp_path, texts):
     done = make(tmp_path / "a", [texts], val_tokens=2500)
     total = sum(count for _, count in done.shards)
@@ -287,19 +242,6 @@ def test_a_last_shard_that_is_full(tmp_path):
     options["shard_tokens"] = 40
     done = make(tmp_path / "two", [tmp_path / "a.txt"], **options)
     assert done.shards[-1] == ["train.bin", 40]
-
-
-def test_stopped_after_every_report(tmp_path, texts, small_batches, whole):
-    found, stops, left = sources([texts]), 0, True
-    while left:
-        folder = shards_folder(tmp_path / "parts")
-        work = write_shards(folder, found, ours(), OPTIONS, workers=2)
-        stops += 1
-        list(islice(work, 3 if stops < 40 else None))
-        work.close()
-        left = (folder / shards.NOTE).exists()
-    assert stops > 10
-    assert written(tmp_path / "parts") == written(whole)
 
 
 KILLED = """

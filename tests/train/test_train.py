@@ -4,19 +4,17 @@ import gzip
 import json
 import math
 from dataclasses import asdict, replace
-from itertools import count, cycle, islice
+from itertools import count, cycle
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from curve import CURVE, recorded_batches, recorded_curve
 from fuzz import fuzzed, refused
 from hypothesis import strategies as st
 from problems import assert_threads_change_no_bit
 from runs import PLAIN
 
 from llmnb.formats.shard import write_shard
-from llmnb.model.gpt2 import GPT2
 from llmnb.text import tokenizer
 from llmnb.train import loop
 from llmnb.train.feed import Data, landmarks, loaders, make_encoding, prepare
@@ -25,10 +23,9 @@ from llmnb.train.folder import (
     config_from,
     load_run,
     read_run,
-    save_run,
     write_log,
 )
-from llmnb.train.landmarks import ngram_entropy, unigram_entropy
+from llmnb.train.landmarks import ngram_entropy
 from llmnb.train.loop import Progress, train, train_step
 from llmnb.train.options import TrainConfig, depth_shape
 from llmnb.train.start import new_model
@@ -143,13 +140,6 @@ def test_depth():
 
 
 # landmarks
-
-
-def test_unigram_entropy():
-    text, tokens = np.array([0, 0, 1, 3]), np.array([0, 1, 2, 2])
-    p = np.array([3, 2, 1, 2]) / 8
-    want = -np.mean([np.log(p[t]) for t in tokens])
-    assert unigram_entropy(text, tokens, 4) == pytest.approx(want)
 
 
 def chance(text, before, token, V, trust):
@@ -357,24 +347,6 @@ def feeding(*batches):
 # accumulation
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
-@pytest.mark.parametrize("rows", [1, 2, 3])
-def test_accumulated_gradients_are_those_of_one_batch(backend, rows):
-    config = replace(PLAIN, precision="fp64", backend=backend, batch_size=6)
-    tokens = np.random.RandomState(rows).randint(0, 257, (2, 6, 16))
-    one = new_model(config, 257)
-    loss = loop.accumulate(config, one, feeding(tokens))
-    parts = replace(config, batch_size=rows, total_batch=6 * 16)
-    assert parts.micro_batches == 6 // rows
-    pieces = (np.split(x, 6 // rows) for x in tokens)
-    feed = feeding(*zip(*pieces, strict=True))
-    some = new_model(parts, 257)
-    assert loop.accumulate(parts, some, feed) == pytest.approx(loss, abs=1e-12)
-    ours, want = (m.memory.flat("grads") for m in (some, one))
-    np.testing.assert_allclose(ours, want, rtol=0, atol=1e-12)
-    assert np.abs(want).max() > 1e-3
-
-
 def test_a_run_that_accumulates_takes_the_path_of_large_batches():
     """The order in which a loader cuts its text is that of its batches."""
     large = replace(PLAIN, precision="fp64", batch_size=4, eval_every=100)
@@ -448,25 +420,6 @@ def test_nothing_is_skipped_before_the_window_is_full():
 # from a checkpoint
 
 
-def test_starting_from_a_run(tmp_path):
-    data, model, steps = tiny_run()
-    save_run(tmp_path, PLAIN, model, data, steps)
-    config = starting_from(
-        str(tmp_path), seq_len=8, batch_size=2, backend="reference"
-    )
-    assert (config.num_layers, config.channels) == (1, 16)
-    assert config.learning_rate == 1e-4
-    assert config.tokenizer == str(tmp_path / "tokenizer.tiktoken")
-    tuned = new_model(config, 257)
-    assert tuned.cfg == model.cfg and tuned.seq_len == 8
-    flats = (x.memory.flat("params") for x in (tuned, model))
-    assert np.array_equal(*flats)
-    assert TrainConfig(**asdict(config)) == config
-    assert starting_from(tmp_path, learning_rate=0.1).learning_rate == 0.1
-    with pytest.raises(ValueError, match="has 257 tokens, .* has 300"):
-        new_model(config, 300)
-
-
 def test_starting_from_a_file(tmp_path):
     model, path = new_model(PLAIN, 257), tmp_path / "some.bin"
     model.save_checkpoint(path)
@@ -519,42 +472,7 @@ def test_rerun_and_threads_give_the_same_bits():
     assert_threads_change_no_bit(work)
 
 
-# PyTorch's curve
-
-
-@pytest.mark.parametrize(("backend", "precision", "steps", "column", "most"), [
-    ("cpu", "fp32", 60, 1, 1e-4),
-    ("reference", "fp32", 4, 1, 1e-4),
-    ("reference", "fp64", 4, 2, 1e-6),
-])  # fmt: skip
-def test_the_curve_of_pytorch(backend, precision, steps, column, most):
-    theirs = recorded_curve("torch_curve")[:steps, column]
-    config = replace(CURVE, backend=backend, precision=precision)
-    run = train(config, new_model(config, 257), recorded_batches())
-    ours = [s.loss for s in islice(run, steps)]
-    assert np.abs(ours - theirs).max() < most
-
-
 # the run folder
-
-
-def test_a_run_saved_and_read_back(tmp_path):
-    data, model, steps = tiny_run()
-    save_run(tmp_path, PLAIN, model, data, steps)
-    names = " ".join(sorted(x.name for x in tmp_path.iterdir()))
-    assert names == "config.json log.csv loss.png model.bin tokenizer.tiktoken"
-    assert (tmp_path / "loss.png").read_bytes()[:4] == b"\x89PNG"
-    found = json.loads((tmp_path / "config.json").read_text("utf-8"))
-    assert found["data"] == "a test"
-    assert found["landmarks"] == landmarks(PLAIN, data)
-    again, encoding, config = load_run(tmp_path, batch_size=2)
-    assert config == PLAIN == read_run(tmp_path)
-    assert encoding.encode_ordinary("a b") == [97, 32, 98]
-    x = np.arange(32).reshape(2, 16)
-    again.forward(x)
-    model.forward(x)
-    assert np.array_equal(again.logits, model.logits)
-    assert isinstance(again, GPT2) and again.batch_size == 2
 
 
 def test_log(tmp_path):
