@@ -124,15 +124,6 @@ def test_the_score_of_a_text():
             score_text(model, encoding, none)
 
 
-def test_a_uniform_model_over_bytes_pays_eight_bits_and_a_little():
-    model = GPT2(CFG, 1, 16, "reference", "fp64", seed=None)
-    score = score_text(model, tokenizer.byte(), "some text of any kind")
-    assert score.perplexity == pytest.approx(257)
-    assert score.bits_per_byte == pytest.approx(math.log2(257))
-    one, other = (evaluation.Score(8.0, tokens, 10) for tokens in (4, 2))
-    assert one.bits_per_byte == other.bits_per_byte
-
-
 # multiple choice
 
 
