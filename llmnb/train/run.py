@@ -40,9 +40,9 @@ def begin(folder, config, group=ALONE):
 
     Locks the folder until `finish`, or until the Run is gone. Writes
     config.json, the tokenizer, and the chat template of a model that it
-    starts from, and removes the states of an older run there. In a group all
-    processes call it, and the first does the writing. Raises ValueError,
-    OSError, RuntimeError or MemoryError.
+    starts from, and removes the states and the model of an older run there.
+    In a group all processes call it, and the first does the writing. Raises
+    ValueError, OSError, RuntimeError or MemoryError.
 
     Derived in chapter 4.16.
     """
@@ -51,6 +51,8 @@ def begin(folder, config, group=ALONE):
     folder = Path(folder)
     with _locked(folder, group) as lock:
         init = config.init and weights_path(config.init)
+        if init and init.resolve().parent == folder.resolve():
+            raise ValueError(f"{init} would be lost: choose another folder")
         template = find_template(init) if init else None
         run, _ = _ready(lock, folder, config, prepare(config), None, group)
         if group.first:
@@ -94,7 +96,7 @@ def _ready(lock, folder, config, data, state, group):
     if group.size > 1:
         _check_weights(group, model)
     if group.first:
-        _sweep(folder, [] if state else states(folder))
+        _sweep(folder, anew=not state)
         write_record(folder, config, data)
     kept = [x for x in map(step_of, states(folder)) if x <= at.step]
     run = Run(
@@ -144,11 +146,12 @@ HALF = re.compile(
 )
 
 
-def _sweep(folder, old=()):
-    """Remove old states, and what was left half written."""
-    half = [x for x in folder.iterdir() if HALF.fullmatch(x.name)]
-    for path in [*old, *half]:
-        path.unlink()
+def _sweep(folder, anew):
+    """Remove what was left half written; anew: all weights as well."""
+    for half in [x for x in folder.iterdir() if HALF.fullmatch(x.name)]:
+        half.unlink()
+    while anew and (old := weights_path(folder)) != folder:
+        old.unlink()
 
 
 # what may change

@@ -100,6 +100,7 @@ from llmnb.formats.shard import shard_length
 from llmnb.text.data import DataLoader
 from llmnb.train.feed import Data
 from llmnb.train.folder import step_of, config_from, state_path, states
+from llmnb.train.folder import weights_path
 from llmnb.train.group import ALONE, group_of
 from llmnb.train.loop import GENTLER, Progress
 from llmnb.train.options import TrainConfig
@@ -415,7 +416,8 @@ def newest_state(folder):
     """The newest whole state in a folder, and what is wrong with newer ones.
 
     Returns (a `State` or None when there is none, a list of sentences).
-    Raises ValueError when there are states and none of them is whole.
+    Raises ValueError when there are states and none of them is whole, and
+    when there is a model without a state.
     """
     wrong = []
     for path in reversed(states(folder)):
@@ -423,7 +425,8 @@ def newest_state(folder):
             return read_state(path), wrong
         except (OSError, ValueError) as error:
             wrong.append(str(error))
-    if wrong:
+    if weights_path(folder) != folder:
+        wrong += ["it has a model, with which --init begins a new run"]
         raise ValueError(f"{folder} has no state to go on from: {wrong[0]}")
     return None, wrong
 

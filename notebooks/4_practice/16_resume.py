@@ -234,15 +234,17 @@ def begin(folder, config, group=ALONE):
 
     Locks the folder until `finish`, or until the Run is gone. Writes
     config.json, the tokenizer, and the chat template of a model that it
-    starts from, and removes the states of an older run there. In a group all
-    processes call it, and the first does the writing. Raises ValueError,
-    OSError, RuntimeError or MemoryError.
+    starts from, and removes the states and the model of an older run there.
+    In a group all processes call it, and the first does the writing. Raises
+    ValueError, OSError, RuntimeError or MemoryError.
     """
     from llmnb.formats.template import find_template, keep_template  # Part 5
 
     folder = Path(folder)
     with _locked(folder, group) as lock:
         init = config.init and weights_path(config.init)
+        if init and init.resolve().parent == folder.resolve():
+            raise ValueError(f"{init} would be lost: choose another folder")
         template = find_template(init) if init else None
         run, _ = _ready(lock, folder, config, prepare(config), None, group)
         if group.first:
@@ -265,8 +267,8 @@ def _locked(folder, group):
 # %% [markdown]
 # Both end in the same place: a `Run` that is ready to be followed. With a state
 # it stands where the state stood, and what has changed since is said; without
-# one it stands at its beginning, and the states of an older run go. Until the
-# model is there, nothing in the folder is touched.
+# one it stands at its beginning, and the weights of an older run go, or they would
+# be taken for its own. Until the model is there, nothing in the folder is touched.
 
 
 # %% a run, ready tags=["exporti"]
@@ -293,7 +295,7 @@ def _ready(lock, folder, config, data, state, group):
     if group.size > 1:
         _check_weights(group, model)
     if group.first:
-        _sweep(folder, [] if state else states(folder))
+        _sweep(folder, anew=not state)
         write_record(folder, config, data)
     kept = [x for x in map(step_of, states(folder)) if x <= at.step]
     run = Run(
@@ -343,11 +345,12 @@ HALF = re.compile(
 )
 
 
-def _sweep(folder, old=()):
-    """Remove old states, and what was left half written."""
-    half = [x for x in folder.iterdir() if HALF.fullmatch(x.name)]
-    for path in [*old, *half]:
-        path.unlink()
+def _sweep(folder, anew):
+    """Remove what was left half written; anew: all weights as well."""
+    for half in [x for x in folder.iterdir() if HALF.fullmatch(x.name)]:
+        half.unlink()
+    while anew and (old := weights_path(folder)) != folder:
+        old.unlink()
 
 
 # %% what may change tags=["export"]

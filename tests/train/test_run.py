@@ -19,6 +19,7 @@ import pytest
 from fuzz import fuzzed, mangled, refused
 from processes import held
 from runs import (
+    PLAIN,
     TINY,
     cut,
     cut_and_resumed,
@@ -153,6 +154,24 @@ def test_a_run_of_more_than_a_hundred_million_steps(tmp_path):
         save_state(run)
     assert steps_in(run.folder) == [99_999_999, 100_000_000]
     assert the_run.newest_state(run.folder)[0].at.step == 100_000_000
+
+
+def test_a_model_without_a_state_is_not_begun_anew(tmp_path):
+    """What was learnt is neither lost nor taken for a new run's."""
+    run, _ = straight(tmp_path / "a", PLAIN)
+    finish(run)
+    for path in states(run.folder):
+        path.unlink()
+    before = files_of(run.folder)
+    with pytest.raises(ValueError, match="no state to go on .* --init"):
+        resume(run.folder)
+    assert files_of(run.folder) == before
+    with pytest.raises(ValueError, match="model.bin would be lost: choose"):
+        begin(run.folder, replace(PLAIN, init=str(run.folder)))
+    assert files_of(run.folder) == before
+    begin(run.folder, replace(PLAIN, seed=1))
+    assert folders.weights_path(run.folder) == run.folder
+    assert resume(run.folder)[0].at.step == 0
 
 
 @pytest.mark.skipif(os.name == "nt", reason="folders cannot be synced")
