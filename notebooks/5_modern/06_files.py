@@ -677,9 +677,10 @@ def family_description(cfg):
         found["rope_scaling"] = dict(zip(names, cfg.rope_scaling, strict=True))
     if cfg.local_theta or type(cfg).local_theta:  # else another is taken
         found["rope_local_base_freq"] = cfg.local_theta or cfg.rope_theta
-    scale = cfg.attention_scale or cfg.head_size**-0.5
     if cfg.family in ("gemma2", "gemma3_text"):
-        found["query_pre_attn_scalar"] = round(scale**-2, 9)
+        x = round((cfg.attention_scale or cfg.head_size**-0.5) ** -2, 9)
+        # newer versions refuse 256.0
+        found["query_pre_attn_scalar"] = int(x) if x == int(x) else x
     if cfg.family == "qwen3":
         found["use_sliding_window"] = cfg.window is not None
     if cfg.family not in ("llama", "gemma"):

@@ -197,6 +197,14 @@ def test_what_is_none_is_none_for_its_reader(tmp_path, family, none):
     assert family != "mistral" or '"sliding_window": null' in path.read_text()
 
 
+def test_a_whole_number_is_written_as_one():
+    """transformers 5 refuses 6.0, and what it divides by may be no int."""
+    for scalar in (6, 6.5):
+        cfg = cfg_of("gemma2", attention_scale=scalar**-0.5)
+        found = family_description(cfg)["query_pre_attn_scalar"]
+        assert repr(found) == repr(scalar)
+
+
 def test_one_base_for_all_blocks_is_written_for_both(tmp_path):
     cfg = cfg_of("gemma3_text", local_theta=None)
     assert family_description(cfg)["rope_local_base_freq"] == cfg.rope_theta
