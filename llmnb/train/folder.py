@@ -227,13 +227,12 @@ def weights_path(path):
     Derived in chapter 4.14.
     """
     folder = Path(path)
-    models = [folder / "model.bin", folder / "model.safetensors"]
-    model = next((x for x in models if x.is_file()), models[0])
-    last = states(folder)[-1:] if folder.is_dir() else []
-    whole = model.is_file()
-    if last and not (whole and _model_step(folder) >= step_of(last[0])):
-        return last[0]
-    return model if whole else folder
+    names = "model.bin", "model.safetensors"
+    models = [folder / x for x in names if (folder / x).is_file()]
+    for last in states(folder)[-1:]:
+        if not models or _model_step(folder) < step_of(last):
+            return last
+    return models[0] if models else folder
 
 
 def _model_step(folder):

@@ -123,5 +123,4 @@ def read_steps(path):
         said = ", ".join(f"line {line} ({why})" for line, why in wrong[:3])
         more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         warnings.warn(f"{path}: left out {said}{more}", stacklevel=2)
-    _, *names = Step._fields
-    return [Step(int(row["step"]), *map(row.get, names)) for row in rows]
+    return [Step(int(x["step"]), *map(x.get, Step._fields[1:])) for x in rows]

@@ -233,8 +233,7 @@ def _changed(folder, changes):
 
 def _check_run(state, config):
     """Raise unless the state is this run's, and not beyond its end."""
-    names = {name: getattr(config, name) for name in CHANGEABLE}
-    if replace(state.config, **names) != config:
+    if replace(state.config, **config.some(*CHANGEABLE)) != config:
         raise ValueError(f"{state.path} is of a run with other options")
     if state.at.step > config.steps:
         raise ValueError(

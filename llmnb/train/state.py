@@ -138,8 +138,7 @@ def surroundings(backend="cpu"):
         found["GPU"] = gpu()
         with suppress(PackageNotFoundError):
             found["numba-cuda"] = version("numba-cuda")
-    chosen = {x: os.environ[x] for x in _SETTINGS if x in os.environ}
-    return found | chosen
+    return found | {x: os.environ[x] for x in _SETTINGS if x in os.environ}
 
 
 def differences(begun, now):

@@ -169,8 +169,7 @@ def read_steps(path):
         said = ", ".join(f"line {line} ({why})" for line, why in wrong[:3])
         more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         warnings.warn(f"{path}: left out {said}{more}", stacklevel=2)
-    _, *names = Step._fields
-    return [Step(int(row["step"]), *map(row.get, names)) for row in rows]
+    return [Step(int(x["step"]), *map(x.get, Step._fields[1:])) for x in rows]
 
 
 # %% [markdown]
@@ -430,8 +429,7 @@ def _changed(folder, changes):
 
 def _check_run(state, config):
     """Raise unless the state is this run's, and not beyond its end."""
-    names = {name: getattr(config, name) for name in CHANGEABLE}
-    if replace(state.config, **names) != config:
+    if replace(state.config, **config.some(*CHANGEABLE)) != config:
         raise ValueError(f"{state.path} is of a run with other options")
     if state.at.step > config.steps:
         raise ValueError(
