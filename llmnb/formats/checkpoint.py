@@ -268,11 +268,12 @@ def write_folder(folder, cfg, params):
 
     The folder is made if it is not there; in it config.json and
     model.safetensors are replaced. params: as for write_safetensors. Raises
-    ValueError when there is a config.json of another family.
+    ValueError when there is a config.json of another family, and for a setting
+    that the family's has no name for.
 
     Derived in chapter 4.4.
     """
-    folder, describe = Path(folder), gpt2_description
+    folder, said = Path(folder), gpt2_description(cfg)
     path = folder / "config.json"
     if path.exists() and read_json(path).get("model_type") != cfg.family:
         raise ValueError(
@@ -281,7 +282,7 @@ def write_folder(folder, cfg, params):
     if cfg.family != "gpt2":
         from llmnb.formats.families import family_description  # Part 5
 
-        describe = family_description
+        said = family_description(cfg)
     make_folder(folder)
     write_safetensors(folder / "model.safetensors", cfg, params)
-    write_whole(path, json.dumps(describe(cfg), indent=1).encode() + b"\n")
+    write_whole(path, json.dumps(said, indent=1).encode() + b"\n")

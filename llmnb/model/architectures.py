@@ -86,8 +86,7 @@ class LlamaConfig(GPT2Config):
 
     def _refuse(self, name, wanted):
         kind, value = type(self).__name__, getattr(self, name)
-        said = f"{kind}: {name} must be {wanted}, got {value!r:.80}"
-        raise ValueError(said)
+        raise ValueError(f"{kind}: {name} must be {wanted}, got {value!r:.80}")
 
     def _check_whole(self, *names):
         for name in names:
@@ -115,6 +114,7 @@ class LlamaConfig(GPT2Config):
                 number = isinstance(value, (int, float))
                 if not number or not 0 < value <= _LARGEST:
                     self._refuse(name, "a positive number")
+                object.__setattr__(self, name, float(value))
         if type(self.tied) is not bool:
             self._refuse("tied", "True or False")
         self._check_scaling()

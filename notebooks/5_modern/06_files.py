@@ -124,8 +124,7 @@ class LlamaConfig(GPT2Config):
 
     def _refuse(self, name, wanted):
         kind, value = type(self).__name__, getattr(self, name)
-        said = f"{kind}: {name} must be {wanted}, got {value!r:.80}"
-        raise ValueError(said)
+        raise ValueError(f"{kind}: {name} must be {wanted}, got {value!r:.80}")
 
     def _check_whole(self, *names):
         for name in names:
@@ -153,6 +152,7 @@ class LlamaConfig(GPT2Config):
                 number = isinstance(value, (int, float))
                 if not number or not 0 < value <= _LARGEST:
                     self._refuse(name, "a positive number")
+                object.__setattr__(self, name, float(value))
         if type(self.tied) is not bool:
             self._refuse("tied", "True or False")
         self._check_scaling()
@@ -400,6 +400,13 @@ _NAMES = {
     "attention_softcap": "attn_logit_softcapping",
     "final_softcap": "final_logit_softcapping",
 }
+# what else a family has, by our names; another's readers pass over it
+_GEMMAS = "gemma2", "gemma3_text"
+_ONLY = {
+    "window": ("mistral", "qwen3", *_GEMMAS), "local_theta": _GEMMAS[1:],
+    "attention_scale": _GEMMAS, "attention_softcap": _GEMMAS[:1],
+    "final_softcap": _GEMMAS,
+}  # fmt: skip
 # without these a reader has to guess, and no two guess alike
 _NEEDED = (
     "max_seq_len", "vocab_size", "num_layers", "num_heads", "channels",
@@ -469,7 +476,7 @@ def described_config(path):
     given = {
         ours: said.found[theirs]
         for ours, theirs in _NAMES.items()
-        if theirs in said.found
+        if theirs in said.found and kind in _ONLY.get(ours, _KINDS)
     }
     for ours in _NEEDED:
         if given.get(ours) is None:
@@ -506,8 +513,7 @@ def _rope(said, made):
     scaling = _scaling(said, whole) or older
     if older not in (None, scaling):
         said.refuse("rope_scaling", "as in rope_parameters")
-    if scaling:
-        found["rope_scaling"] = scaling
+    found["rope_scaling"] = scaling
     local = said.part("sliding_attention", layers)
     theta = local.get("rope_theta", said.found.get("rope_local_base_freq"))
     if theta is not None and made.local_theta:
@@ -553,12 +559,12 @@ def _scaling(said, part):
 # %% windows of both styles tags=["exporti", "fold-input"] module="formats.families"
 def _windows(said, made):
     """window and global_every, from layer_types or from a pattern."""
-    usual = None if made.family == "qwen3" else 4096
-    window = said.found.get("sliding_window", usual)
-    if said.found.get("use_sliding_window") is False or not window:
-        return {"window": None, "global_every": 0}
-    if made.family in ("llama", "gemma"):
+    if made.family not in _ONLY["window"]:
         return {}
+    window = said.found.get("sliding_window", 4096)
+    asked = said.found.get("use_sliding_window")  # which a Qwen 3 alone reads
+    if not window or (made.family == "qwen3" and not asked):
+        return {"window": None, "global_every": 0}
     kinds = said.found.get("layer_types")
     if kinds is None:
         if made.family == "qwen3":
@@ -571,18 +577,16 @@ def _windows(said, made):
     if all(whole):
         return {"window": None, "global_every": 0}
     every = whole.index(True) + 1 if any(whole) else 0
-    layers = said.found.get("num_hidden_layers")
     want = [bool(every) and (i + 1) % every == 0 for i in range(len(whole))]
-    if whole != want or len(whole) != layers:
+    if whole != want or len(whole) != said.found.get("num_hidden_layers"):
         said.refuse("layer_types", "a regular pattern, one for each layer")
     return {"window": window, "global_every": every}
 
 
 def _scale(said, made):
-    if made.family not in ("gemma2", "gemma3_text"):
-        return {}  # which read no such setting
     scalar = said.found.get("query_pre_attn_scalar", 256)
-    if scalar is None or scalar == said.found.get("head_dim"):
+    usual = scalar is None or scalar == said.found.get("head_dim")
+    if usual or made.family not in _ONLY["attention_scale"]:
         return {}
     number = isinstance(scalar, (int, float))
     if not number or not 0 < scalar <= sys.float_info.max:
@@ -646,25 +650,24 @@ for settings in bad:
 # ## Written
 #
 # We write the older style with `layer_types` added, which old and new versions
-# read. What is None is left out, for an absent setting and a null are not the same
-# to every reader. But where they would take another value for what is absent, a Gemma
-# 2's caps or a Mistral's window, the null is written. Some settings belong to some
-# families only: a Qwen 3's reader passes over a window unless `use_sliding_window` is
-# there too.
+# read. What is absent and what is null are not the same to every reader: caps and a
+# Mistral's window are written as null, a Gemma's window is left out. Version 5 takes
+# a Mistral with `layer_types` for a Ministral, which has a window, so only one whose
+# blocks differ gets them. A Qwen 3's reader passes over a window unless
+# `use_sliding_window` is there too. And a Llama with a window, which we can train, is
+# refused, for its reader would compute without.
+
 
 # %% a description, written tags=["export"] module="formats.families"
-# what is not the same absent as null
-_NULLS = {
-    "gemma2": ("attn_logit_softcapping", "final_logit_softcapping"),
-    "mistral": ("sliding_window",),
-}
-
-
 def family_description(cfg):
     """The config.json of a configuration, a dict, as `transformers` reads it.
 
     In the older style, which newer versions read too, with layer_types.
+    Raises ValueError for a setting that the family's readers do not know.
     """
+    for name, known in _ONLY.items():
+        if cfg.family not in known and getattr(cfg, name) is not None:
+            raise ValueError(f"{name} must be None to describe a {cfg.family}")
     found = {theirs: getattr(cfg, ours) for ours, theirs in _NAMES.items()}
     found |= {"model_type": cfg.family, "rope_theta": cfg.rope_theta}
     name = cfg.family.removesuffix("_text").capitalize()
@@ -675,21 +678,21 @@ def family_description(cfg):
     if cfg.rope_scaling:
         names = "rope_type", *_SCALINGS[cfg.rope_scaling[0]]
         found["rope_scaling"] = dict(zip(names, cfg.rope_scaling, strict=True))
-    if cfg.local_theta or type(cfg).local_theta:  # else another is taken
+    if cfg.family in _ONLY["local_theta"]:  # else another is taken
         found["rope_local_base_freq"] = cfg.local_theta or cfg.rope_theta
-    if cfg.family in ("gemma2", "gemma3_text"):
-        x = round((cfg.attention_scale or cfg.head_size**-0.5) ** -2, 9)
-        # newer versions refuse 256.0
-        found["query_pre_attn_scalar"] = int(x) if x == int(x) else x
-    if cfg.family == "qwen3":
-        found["use_sliding_window"] = cfg.window is not None
-    if cfg.family not in ("llama", "gemma"):
+    scale = cfg.attention_scale or cfg.head_size**-0.5
+    if cfg.family in _ONLY["attention_scale"]:
+        # 256, not 256.0, which version 5 refuses
+        found["query_pre_attn_scalar"] = json.loads(f"{scale**-2:.12g}")
+    if cfg.family in _ONLY["window"]:
         local = [cfg.is_local(i) for i in range(cfg.num_layers)]
         kinds = "full_attention", "sliding_attention"
-        found["layer_types"] = [kinds[x] for x in local]
-        found["sliding_window"] = cfg.window
-    nulls = _NULLS.get(cfg.family, ())
-    return {k: x for k, x in found.items() if x is not None or k in nulls}
+        found["use_sliding_window"] = any(local)
+        if any(local) or cfg.family not in _GEMMAS:  # which want a number
+            found["sliding_window"] = cfg.window if any(local) else None
+        if cfg.family != "mistral" or len({*local}) > 1:
+            found["layer_types"] = [kinds[x] for x in local]
+    return found
 
 
 # %% [markdown]
@@ -735,8 +738,7 @@ def _check_pieces(path, cfg, tensors):
             f"{path}: num_hidden_layers must be at most its {len(tensors)} "
             f"tensors, got {cfg.num_layers}"
         )
-    ignored = _IGNORED + (r"|lm_head\.weight" if cfg.tied else "")
-    ignored = re.compile(ignored)
+    ignored = re.compile(_IGNORED + r"|lm_head\.weight" * cfg.tied)
     check_tensors(path, cfg.family, tensors, pieces(cfg), ignored)
 
 
@@ -761,8 +763,7 @@ def open_family(path):
     tensors = published_tensors(path)
     if not tensors:
         raise ValueError(f"{path}: holds no tensors")
-    file, _ = next(iter(tensors.values()))
-    own = file.metadata.get(RECORD)
+    own = next(iter(tensors.values()))[0].metadata.get(RECORD)
     if own is None:
         cfg = described_config(Path(path).parent / "config.json")
     else:

@@ -178,8 +178,38 @@ def test_what_is_left_out_is_what_transformers_takes(tmp_path):
         assert cfg.attention_scale == (None if family == "mistral" else 1 / 16)
     # and where a family has no such setting, nothing follows from one
     more = {"sliding_window": 7, "query_pre_attn_scalar": 9}
-    cfg = load(changed(tmp_path / "llama", **more)).cfg
-    assert cfg == cfg_of("llama", 21)
+    more |= {"attn_logit_softcapping": 5.0, "use_sliding_window": None}
+    for family in "llama", "qwen3":
+        cfg = load(changed(tmp_path / family, family, **more)).cfg
+        assert cfg == cfg_of(family, 21)
+    folder = changed(tmp_path / "asked", "mistral", use_sliding_window=False)
+    assert load(folder).cfg.window == 5  # which a Qwen 3 alone is asked
+
+
+def test_numbers_are_written_as_version_5_of_transformers_takes_them():
+    cfg = replace(cfg_of("gemma2"), attention_scale=168**-0.5, norm_eps=1)
+    said = family_description(replace(cfg, final_softcap=30))
+    numbers = "query_pre_attn_scalar", "final_logit_softcapping"
+    found = [said[name] for name in (*numbers, "rms_norm_eps")]
+    assert repr(found) == "[168, 30.0, 1.0]"
+
+
+def test_a_mistral_of_blocks_that_are_alike_is_no_ministral():
+    cfg = cfg_of("mistral")
+    for every, window in (0, 5), (1, None), (3, 5), (2, 5):
+        said = family_description(replace(cfg, global_every=every))
+        assert said["sliding_window"] == window
+        assert ("layer_types" in said) == (every == 2)
+
+
+def test_what_others_would_pass_over_is_not_described(tmp_path):
+    for name, cfg in ("window", cfg_of("llama", window=5)), (
+        "attention_scale", cfg_of("qwen3", attention_scale=0.5)
+    ):  # fmt: skip
+        params = GPT2(cfg, 1, 2, "reference").params
+        with pytest.raises(ValueError, match=f"{name} must be None to"):
+            write_folder(tmp_path / name, cfg, params)
+        assert not (tmp_path / name).exists()
 
 
 @pytest.mark.parametrize(
