@@ -25,6 +25,7 @@ from test_book import narrow, scheme, visit, why_not_built, width
 
 from llmnb.book import notebook
 from llmnb.book.diagram import LAYERS, PALETTE
+from llmnb.book.wiring import wiring_figure
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*/[0-9]*.ipynb"))
@@ -275,3 +276,8 @@ def test_the_roadmaps_names_are_all_used():
     text = "".join(p.read_text("utf-8") for p in ROOT.glob("notebooks/*/*.py"))
     used = set(re.findall(r'gpt2_diagram\(lit="(\w+)"\)', text))
     assert set(LAYERS) - used <= {"loss"}
+
+
+def test_a_part_that_there_is_not_is_not_drawn():
+    with pytest.raises(ValueError, match="no part is called 'x'"):
+        wiring_figure("x")

@@ -227,7 +227,7 @@ def wiring_figure(part="model"):
 
     Derived in chapter A.12.
     """
-    height = {"model": 9.1, "block": 6.0}[part]
+    height = 6.0 if part == "block" else 9.1
     fig, ax = plt.subplots(figsize=(7.6, height), dpi=100)
     fig.subplots_adjust(0, 0, 1, 1)
     draw_wiring(ax, part=part)

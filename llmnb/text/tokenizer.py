@@ -28,6 +28,8 @@ byte, train = bpe.byte, bpe.train
 def check_special(encoding):
     """Raise ValueError unless the one special token is `<|endoftext|>`.
 
+    And unless every number up to the last is a token's.
+
     Derived in chapter 4.7.
     """
     if encoding.special_tokens_set != {EOT}:
@@ -35,6 +37,9 @@ def check_special(encoding):
             f"save: the one special token must be {EOT}, by custom with the "
             f"last rank, got {sorted(encoding.special_tokens_set)}"
         )
+    last, count = encoding.n_vocab - 1, len(encoding.token_byte_values())
+    if count < last:
+        raise ValueError(f"save: of {last} numbers {count} have a token")
 
 
 def save(encoding, path):

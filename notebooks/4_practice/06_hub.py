@@ -272,12 +272,17 @@ def read_tokenizer(path):
 def write_tokenizer(path, encoding):
     """Write the tokens of a tiktoken.Encoding in llm.c's format.
 
-    Raises ValueError for a token that is longer than 255 bytes, which one
-    byte cannot count. The file appears whole or not at all.
+    Raises ValueError for a number without a token, and for a token that is
+    longer than 255 bytes, which one byte cannot count. The file appears
+    whole or not at all.
     """
     count, body = encoding.n_vocab, []
     for number in range(count):
-        token = encoding.decode_single_token_bytes(number)
+        try:
+            token = encoding.decode_single_token_bytes(number)
+        except KeyError:
+            why = f"write_tokenizer: no token has the number {number}"
+            raise ValueError(why) from None
         if len(token) > 255:
             raise ValueError(
                 f"write_tokenizer: a token must have at most 255 bytes, "

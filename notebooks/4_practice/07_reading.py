@@ -524,12 +524,18 @@ verdict("bytes", byte().n_vocab == 257, "and the end of a text")
 
 # %% save an encoding tags=["export"] module="text.tokenizer"
 def check_special(encoding):
-    """Raise ValueError unless the one special token is `<|endoftext|>`."""
+    """Raise ValueError unless the one special token is `<|endoftext|>`.
+
+    And unless every number up to the last is a token's.
+    """
     if encoding.special_tokens_set != {EOT}:
         raise ValueError(
             f"save: the one special token must be {EOT}, by custom with the "
             f"last rank, got {sorted(encoding.special_tokens_set)}"
         )
+    last, count = encoding.n_vocab - 1, len(encoding.token_byte_values())
+    if count < last:
+        raise ValueError(f"save: of {last} numbers {count} have a token")
 
 
 def save(encoding, path):

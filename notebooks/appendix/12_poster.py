@@ -283,7 +283,7 @@ def draw_wiring(ax, size=8.0, part="model"):
 
 def wiring_figure(part="model"):
     """Show the wiring of GPT-2, or of one block, as a figure."""
-    height = {"model": 9.1, "block": 6.0}[part]
+    height = 6.0 if part == "block" else 9.1
     fig, ax = plt.subplots(figsize=(7.6, height), dpi=100)
     fig.subplots_adjust(0, 0, 1, 1)
     draw_wiring(ax, part=part)

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import tiktoken
 from commands import raising
 from fuzz import header, refused
 from spelling import merges_of, own_files, tokenizer_bin, tokens_of, vocab_of
@@ -24,7 +25,7 @@ from llmnb.formats.vocabulary import (
 )
 from llmnb.model.gpt2 import GPT2
 from llmnb.text import tokenizer
-from llmnb.text.bpe import from_tokens
+from llmnb.text.bpe import WORDS, from_tokens
 
 CFG = GPT2Config(8, 258, 1, 2, 32)
 
@@ -337,6 +338,19 @@ def test_a_long_token_is_not_written(tmp_path):
     long = from_tokens("long", [*BYTES, b"x" * 256])
     with pytest.raises(ValueError, match="number 256 has 256"):
         vocabulary.write_tokenizer(tmp_path / "t.bin", long)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_gap_in_the_numbers_is_refused(tmp_path):
+    ranks = {x: i for i, x in enumerate(BYTES)} | {b"ab": 300}
+    gap = tiktoken.Encoding(
+        "gap", pat_str=WORDS, mergeable_ranks=ranks,
+        special_tokens={"<|endoftext|>": 301},
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="no token has the number 256"):
+        vocabulary.write_tokenizer(tmp_path / "t.bin", gap)
+    with pytest.raises(ValueError, match="of 301 numbers 257 have a token"):
+        tokenizer.save(gap, tmp_path / "t.tiktoken")
     assert not list(tmp_path.iterdir())
 
 
