@@ -14,8 +14,8 @@ import sys
 import warnings
 from importlib.metadata import version
 
-from llmnb.cli.options import Parser, add_options, one_line, remark
-from llmnb.cli.options import warn, with_defaults
+from llmnb.cli.options import Parser, add_options, let_first_speak
+from llmnb.cli.options import one_line, remark, warn, with_defaults
 from llmnb.train.terminal import screens
 
 
@@ -86,6 +86,7 @@ def main(argv=None):
         except USER_ERRORS as error:
             if "LLMNB_TRACEBACK" in os.environ:
                 raise
+            let_first_speak()
             remark(f"llmnb: error: {one_line(error)}")
             sys.exit(1)
 

@@ -4,8 +4,9 @@
 
 __all__ = [
     "GroupOptions", "Parser", "ThreadOptions", "add_options", "check_backend",
-    "fields_of", "one_line", "remark", "say", "set_threads", "some_of",
-    "tell_compiling", "typed", "warn", "with_defaults",
+    "fields_of", "let_first_speak", "one_line", "remark", "say",
+    "set_threads", "some_of", "tell_compiling", "typed", "warn",
+    "with_defaults",
 ]
 
 
@@ -13,6 +14,7 @@ __all__ = [
 import argparse
 import shlex
 import sys
+import time
 from dataclasses import dataclass, fields
 from itertools import chain
 
@@ -202,7 +204,18 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         """Exit with status 2 and one line on standard error."""
+        let_first_speak()
         self.exit(2, f"{self.prog}: error: {message} (try --help)\n")
+
+
+def let_first_speak():
+    """Wait, unless this is the first of several: its end ends all.
+
+    Derived in chapter 4.23.
+    """
+    from llmnb.train.machines import RANKS, launched  # Part 6
+
+    time.sleep(min(2 * launched(RANKS, 0), 6))
 
 
 def one_line(error):

@@ -71,9 +71,12 @@ def in_group(args, work):
 def check_command(args, group, **facts):
     """Raise ValueError unless a group was given one command, and is alike.
 
-    facts: more that has to be alike, of any kind; see `check_alike`.
+    facts: more that has to be alike, of any kind; see `check_alike`. And
+    unless MPI is enough: such a command has nothing on GPUs.
 
     Derived in chapter 6.2.
     """
+    if args.group == "nccl":
+        raise ValueError("--group nccl is for `llmnb train` on GPUs alone")
     facts = {name: str(value) for name, value in (args.given | facts).items()}
     check_alike(group, surroundings() | facts)

@@ -3,8 +3,8 @@
 """A group of processes on one or many machines, over MPI."""
 
 __all__ = [
-    "LONGEST", "Machines", "PATIENCE", "Watch", "check_alike", "find_group",
-    "launched",
+    "LONGEST", "Machines", "PATIENCE", "RANKS", "Watch", "check_alike",
+    "find_group", "launched",
 ]
 
 
@@ -25,18 +25,20 @@ from llmnb.train.group import ALONE, Group
 
 # how many were launched
 _SIZES = "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"
+RANKS = "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID"
 
 
-def launched():
+def launched(names=_SIZES, alone=1):
     """How many processes a launcher says that it has started; else 1.
 
     Known are mpirun of Open MPI, of MPICH and of Intel, and Slurm's srun,
     which is asked last: an mpirun within Slurm starts its own by srun.
+    Of the names `RANKS` and with alone = 0: which of them this is.
 
     Derived in chapter 6.2.
     """
-    found = (os.environ.get(name, "") for name in _SIZES)
-    return next((int(x) for x in found if x.isdigit()), 1)
+    found = (os.environ.get(name, "") for name in names)
+    return next((int(x) for x in found if x.isdigit()), alone)
 
 
 def find_group(kind=""):

@@ -69,6 +69,7 @@ from llmnb.book.verify import verdict
 import argparse
 import shlex
 import sys
+import time
 from dataclasses import dataclass, fields
 from itertools import chain
 
@@ -244,7 +245,15 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         """Exit with status 2 and one line on standard error."""
+        let_first_speak()
         self.exit(2, f"{self.prog}: error: {message} (try --help)\n")
+
+
+def let_first_speak():
+    """Wait, unless this is the first of several: its end ends all."""
+    from llmnb.train.machines import RANKS, launched  # Part 6
+
+    time.sleep(min(2 * launched(RANKS, 0), 6))
 
 
 def one_line(error):
@@ -279,8 +288,8 @@ import sys
 import warnings
 from importlib.metadata import version
 
-from llmnb.cli.options import Parser, add_options, one_line, remark
-from llmnb.cli.options import warn, with_defaults
+from llmnb.cli.options import Parser, add_options, let_first_speak
+from llmnb.cli.options import one_line, remark, warn, with_defaults
 from llmnb.train.terminal import screens
 
 # %% the commands tags=["export"] module="cli.__main__"
@@ -348,6 +357,7 @@ def main(argv=None):
         except USER_ERRORS as error:
             if "LLMNB_TRACEBACK" in os.environ:
                 raise
+            let_first_speak()
             remark(f"llmnb: error: {one_line(error)}")
             sys.exit(1)
 

@@ -370,16 +370,18 @@ from llmnb.train.group import ALONE, Group
 
 # %% how many were launched tags=["export"] module="train.machines"
 _SIZES = "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"
+RANKS = "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID"
 
 
-def launched():
+def launched(names=_SIZES, alone=1):
     """How many processes a launcher says that it has started; else 1.
 
     Known are mpirun of Open MPI, of MPICH and of Intel, and Slurm's srun,
     which is asked last: an mpirun within Slurm starts its own by srun.
+    Of the names `RANKS` and with alone = 0: which of them this is.
     """
-    found = (os.environ.get(name, "") for name in _SIZES)
-    return next((int(x) for x in found if x.isdigit()), 1)
+    found = (os.environ.get(name, "") for name in names)
+    return next((int(x) for x in found if x.isdigit()), alone)
 
 
 def find_group(kind=""):
@@ -704,8 +706,11 @@ def in_group(args, work):
 def check_command(args, group, **facts):
     """Raise ValueError unless a group was given one command, and is alike.
 
-    facts: more that has to be alike, of any kind; see `check_alike`.
+    facts: more that has to be alike, of any kind; see `check_alike`. And
+    unless MPI is enough: such a command has nothing on GPUs.
     """
+    if args.group == "nccl":
+        raise ValueError("--group nccl is for `llmnb train` on GPUs alone")
     facts = {name: str(value) for name, value in (args.given | facts).items()}
     check_alike(group, surroundings() | facts)
 

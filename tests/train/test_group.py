@@ -12,6 +12,7 @@ from runs import TINY, begun, small_data
 from llmnb.arena import put
 from llmnb.cli import train as train_command
 from llmnb.cli.__main__ import _parsed
+from llmnb.cli.together import check_command
 from llmnb.cli.together import together as together_within
 from llmnb.config import GPT2Config
 from llmnb.model.gpt2 import GPT2
@@ -364,3 +365,19 @@ def test_who_was_launched(monkeypatch):
     assert launched() == 4
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "1")
     assert launched() == 1
+
+
+def test_the_first_of_several_speaks_for_all(monkeypatch, llmnb):
+    waits = []
+    monkeypatch.setattr("time.sleep", waits.append)
+    for rank in "013":
+        monkeypatch.setenv("OMPI_COMM_WORLD_RANK", rank)
+        assert llmnb("train", "--stepz")[0] == 2
+        assert llmnb("info", "--depth", "-1")[0] == 1
+    assert waits == [0, 0, 2, 2, 6, 6]
+
+
+def test_only_training_on_gpus_takes_nccl():
+    args = SimpleNamespace(group="nccl", given={})
+    with pytest.raises(ValueError, match="nccl is for `llmnb train` on GPUs"):
+        check_command(args, ALONE)
