@@ -96,7 +96,7 @@ def _from_shards(config):
         )
     else:
         encoding = make_encoding(config, [])
-    top = int(sample_tokens(train, 1 << 20).max())
+    top = max(int(sample_tokens(x, 1 << 20).max()) for x in (train, val))
     if top >= encoding.n_vocab:
         raise ValueError(
             f"{folder} has the token {top}, its tokenizer, "

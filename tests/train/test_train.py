@@ -286,6 +286,15 @@ def test_prepare_many_shards(tmp_path, monkeypatch):
         loaders(config, prepare(replace(config, tokenizer="byte")))
 
 
+@pytest.mark.parametrize("name", ["train", "val"])
+def test_shards_of_another_tokenizer_are_refused(name, tmp_path):
+    for part in ("train", "val"):
+        write_shard(tmp_path / f"{part}.bin", [1, 300 if part == name else 2])
+    config = replace(PLAIN, shards=str(tmp_path), tokenizer="byte")
+    with pytest.raises(ValueError, match="the token 300, its tokenizer, byte"):
+        prepare(config)
+
+
 def test_an_encoding_learns_from_the_beginning(monkeypatch):
     monkeypatch.setattr("llmnb.train.feed.TOKENIZER_TEXT", 100)
     config = replace(PLAIN, tokenizer="bpe", vocab_size=258)
