@@ -176,9 +176,9 @@ def read_steps(path):
 # ## Begin, or go on
 #
 # A run **begins** with its configuration and its tokenizer on disk, so that
-# a kill in the very first steps loses nothing that matters: without a state
-# it begins anew, and as it depends on nothing but these, it takes the same
-# way. To **resume** is to build the same loaders, check that they hold the
+# a kill in the very first steps loses nothing that matters: with neither state
+# nor model it begins anew, and as it depends on nothing but these, it takes the
+# same way. To **resume** is to build the same loaders, check that they hold the
 # same text, and take over the newest whole state. A few options may change
 # on the way, those that do not touch the path of the weights, and the
 # number of steps, for a run that shall go on longer. The text may lie in
