@@ -155,7 +155,7 @@ def encoder_forward(out, inp, wte, wpe):
 
 
 # %% the two texts through the function
-out = np.empty((2, 3, 2))
+out = np.zeros((2, 3, 2))
 encoder_forward(out, inp, wte, wpe)
 compare("by hand", out, by_hand, tol=1e-12)
 
@@ -491,8 +491,9 @@ for V in (50257, 100):
     dwte, dwpe = np.zeros((V, 1)), np.zeros((1024, 1))
     tokens = np.arange(4 * 64).reshape(4, 64) % V
     encoder_backward(dwte, dwpe, np.ones((4, 64, 1)), tokens)
-    counted = np.count_nonzero(dwte), np.count_nonzero(dwpe)
-    verdict(f"V = {V}", counted == touched_rows(4, 64, V), "as predicted")
+    counted = [np.count_nonzero(dwte), np.count_nonzero(dwpe)]
+    right = counted == [*touched_rows(4, 64, V)]
+    verdict(f"V = {V}", right, "as predicted")
 
 # %% [markdown]
 # **2** (★★). The encoder is blind to one change of its parameters: add one and
@@ -523,7 +524,7 @@ encoder_backward(dwte, dwpe, dout, tokens)
 compare("the tie", tie(dwte, dwpe), np.zeros(6), tol=1e-12)
 
 # %% [markdown]
-# **3** (★★). Write (1.5.4) in NumPy without `np.add.at` and without a loop:
+# **3** (★★). Add (1.5.4) to `dwte` without `np.add.at` and without a loop:
 # sort the places by token, then sum each group of equal tokens.
 # `np.argsort`, `np.unique` with `return_index` and `np.add.reduceat` are
 # enough.
@@ -545,9 +546,9 @@ def by_sorting(dwte, dout, inp):
 
 
 # %% exercise 3, checked
-got = np.zeros_like(dwte)
+got = np.ones_like(dwte)
 by_sorting(got, dout, tokens)
-compare("by sorting", got, dwte, tol=1e-12)
+compare("by sorting", got - 1, dwte, tol=1e-12)
 
 # %% [markdown]
 # ## Further reading

@@ -192,7 +192,7 @@ def layernorm_forward(out, mean, rstd, inp, weight, bias):
 # *broadcasting* repeats for every channel.
 
 # %% the two rows through the function
-y, mean, rstd = np.empty((1, 2, 3)), np.empty((1, 2)), np.empty((1, 2))
+y, mean, rstd = np.zeros((1, 2, 3)), np.zeros((1, 2)), np.zeros((1, 2))
 layernorm_forward(y, mean, rstd, x[None], np.ones(3), np.zeros(3))
 print("mean", mean)
 print("rstd", np.round(rstd, 4))
@@ -567,6 +567,7 @@ inp /= 1000
 
 # %% exercise 2, the gradient tags=["hide-cell"]
 def rmsnorm(x, w):
+    """What it puts out, and r, with a last axis of length 1."""
     r = 1 / np.sqrt((x**2).mean(axis=-1, keepdims=True) + EPS)
     return x * r * w, r
 
@@ -578,6 +579,8 @@ def rmsnorm_backward(dout, x, w):
 
 
 # %% exercise 2, checked
+y = rmsnorm(np.array([[1.0, 7.0]]), np.array([1.0, 2.0]))[0]  # 25: mean square
+compare("by hand", y, [[0.2, 2.8]], tol=1e-5)
 want = numerical_gradient(lambda: (g * rmsnorm(inp, weight)[0]).sum(), inp)
 compare("rmsnorm dinp", rmsnorm_backward(g, inp, weight), want, tol=1e-8)
 

@@ -151,7 +151,7 @@ def matmul_forward(out, inp, weight, bias, residual=None):
 
 
 # %% the two tokens through the function
-y = np.empty((1, 2, 2))
+y = np.zeros((1, 2, 2))
 matmul_forward(y, x[None], w, b)
 compare("by hand", y[0], [[8, 24], [9, 21]])
 matmul_forward(y, x[None], w, None)
@@ -317,6 +317,8 @@ for name, got, want in zip(
     "xWb", written, (dinp, dweight, dbias), strict=True
 ):
     compare(f"d{name}, written", got, want, tol=1e-12)
+matmul_backward(inp.copy(), None, written[2], g, inp, weight)
+compare("db, W fixed", written[2], 2 * dbias, tol=1e-12)
 
 # %% [markdown]
 # The frequent mistake is a transpose too many. In most layers the shapes then

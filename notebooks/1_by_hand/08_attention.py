@@ -304,10 +304,12 @@ def attention_forward(out, lse, inp):
 
 # %% the three positions through the function
 inp = np.concatenate((q, k, v), axis=1)[None]
-out, lse = np.empty((1, 3, 2)), np.empty((1, 1, 3))
+out, lse = np.zeros((1, 3, 2)), np.zeros((1, 1, 3))
 attention_forward(out, lse, inp)
 print("lse", np.round(lse, 4))
 compare("by hand", out[0], weights @ v, tol=1e-12)
+attention_forward(out, lse, 1000 * inp)
+compare("large scores", out[0], 1000 * v, tol=1e-12)
 
 # %% [markdown]
 # In the line over the functions `NH|C` is an NH that divides C. The function
@@ -457,8 +459,9 @@ def attention_backward(dinp, dout, inp, out, lse, add=True):
 # ## Proof
 #
 # As before, $\mathcal L = \sum g \cdot o$ for a fixed random $g$, float64,
-# step $h = 10^{-5}$, tolerance $10^{-8}$. Four heads of queries and two of
-# keys and values test the sums over a group too.
+# step $h = 10^{-5}$, tolerance $10^{-8}$, a gradient that starts from ones.
+# Four heads of queries and two of keys and values test the sums over a group
+# too; forward, the two must do what four would, of which two and two are equal.
 
 # %% a problem to differentiate
 heads = Heads(NH=4, NKV=2, hs=3)
@@ -472,10 +475,10 @@ def loss():
 
 
 def gradient(backward):
-    dinp = np.zeros_like(inp)
+    dinp = np.ones_like(inp)
     loss()
     backward(dinp, g, inp, out, lse)
-    return dinp
+    return dinp - 1
 
 
 # %% against central differences
@@ -484,6 +487,13 @@ dinp = gradient(attention_backward)
 parts = split_qkv(dinp, heads), split_qkv(want, heads)
 for name, mine, theirs in zip(("dq", "dk", "dv"), *parts, strict=True):
     compare(name, mine, theirs, tol=1e-8)
+written, four = np.full_like(inp, np.nan), np.zeros_like(out)
+attention_backward(written, g, inp, out, lse, add=False)
+compare("written", written, dinp, tol=1e-12)
+pairs = inp[..., 12:].reshape(2, 5, 4, 3).repeat(2, axis=2)
+twice = np.concatenate((inp[..., :12], pairs.reshape(2, 5, 24)), axis=2)
+attention_forward(four, lse.copy(), twice)
+compare("groups", four, out, tol=1e-12)
 
 # %% [markdown]
 # Now leave out $D_t$, as if the denominator of (1.8.2) were a constant. And a

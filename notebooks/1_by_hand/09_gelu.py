@@ -238,7 +238,7 @@ def gelu_forward(out, inp):
 
 
 # %% the five numbers through the function
-y = np.empty(5)
+y = np.zeros(5)
 gelu_forward(y, five)
 compare("tanh form", y, exact_gelu(five), tol=5e-4)
 
@@ -296,7 +296,7 @@ def gelu_backward(dinp, dout, inp, add=True):
 # ## Proof
 #
 # As before: $\mathcal L = \sum g \cdot y$, float64, step $h = 10^{-5}$,
-# tolerance $10^{-8}$.
+# tolerance $10^{-8}$, a gradient that starts from ones, or is written.
 
 # %% a problem to differentiate
 inp, g = rng.normal(scale=2, size=(2, 3, 5, 4))
@@ -308,10 +308,12 @@ def loss():
     return (g * out).sum()
 
 
-dinp = np.zeros_like(inp)
+dinp, written = np.ones_like(inp), np.full_like(inp, np.nan)
 gelu_backward(dinp, g, inp)
+gelu_backward(written, g, inp, add=False)
 numerical = numerical_gradient(loss, inp)
-compare("dinp", dinp, numerical, tol=1e-8)
+compare("dinp", dinp - 1, numerical, tol=1e-8)
+compare("dinp, written", written, numerical, tol=1e-8)
 
 # %% [markdown]
 # The term that is easily lost is the second one of (1.9.6). Without it the

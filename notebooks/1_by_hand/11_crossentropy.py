@@ -417,7 +417,7 @@ def crossentropy_softmax_backward(dlogits, dlosses, logits, lse, targets, V):
 
 
 # %% the two rows, fused
-lse, fused = np.empty((1, 2)), np.empty((1, 2))
+lse, fused = np.zeros((1, 2)), np.zeros((1, 2))
 crossentropy_softmax_forward(fused, lse, logits, targets, 3)
 compare("losses", fused, losses, tol=1e-12)
 crossentropy_softmax_backward(logits, np.ones((1, 2)), logits, lse, targets, 3)
@@ -661,6 +661,8 @@ def tempered_gradients(z, tau, y):
 
 
 # %% exercise 2, checked
+by_hand = tempered(np.array([0, np.log(16)]), 2, 0)  # 1 to 4: p is 1/5
+compare("by hand", by_hand, np.log(5), tol=1e-12)
 z, tau = rng.normal(size=6), np.array(0.7)
 dz, dtau = tempered_gradients(z, float(tau), 2)
 want = numerical_gradient(lambda: tempered(z, tau, 2), z)
@@ -671,7 +673,7 @@ compare("dtau", dtau, want, tol=1e-8)
 # %% [markdown]
 # **3** (★★). **Label smoothing** replaces the one-hot row by $q_i = (1 -
 # \alpha)\, \delta_{iy} + \alpha / V$, so that the model is not asked for
-# certainty. Give the gradient of $H(q, p)$ by the logits.
+# certainty. Give $H(q, p)$ and its gradient by the logits.
 #
 # :::{admonition} Solution to exercise 3
 # :class: dropdown
@@ -689,6 +691,8 @@ def smoothed(z, y, alpha):
 
 
 # %% exercise 3, checked
+by_hand = [-0.6, 0.2, 0.2, 0.2]  # all p are 1/4; q is 0.85, 0.05, ...
+compare("by hand", smoothed(np.zeros(4), 0, 0.2)[1], by_hand, tol=1e-12)
 want = numerical_gradient(lambda: smoothed(z, 2, 0.1)[0], z)
 compare("p - q", smoothed(z, 2, 0.1)[1], want, tol=1e-8)
 

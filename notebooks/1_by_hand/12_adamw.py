@@ -436,9 +436,10 @@ compare("by hand", p, [0.89, 0.89], tol=1e-5)
 # where $f$ is $\tfrac12 (1 + \cos \pi \rho)$ for **cosine**, $1 - \rho$ for
 # **linear**, 1 for **constant**. The fourth, **wsd** (warm-up, stable, decay),
 # stays at the peak until 80 % of all steps are done and falls over the rest as
-# $f = 1 - \sqrt \rho$, with $0.8\, S$ in place of $S_0$ in $\rho$. The rates
-# up to there are the same for any $S$: one may decide late when to stop. (A
-# loop counts its steps from 0, so `learning_rate` takes $s - 1$.)
+# $f = 1 - \sqrt \rho$, with $0.8\, S$, rounded down, in place of $S_0$ in $\rho$
+# where it is the larger. The rates up to there are the same for any $S$: one may
+# decide late when to stop. (A loop counts its steps from 0, so `learning_rate`
+# takes $s - 1$.)
 
 # %% imports of the schedule tags=["export"] module="train.schedule"
 import math
@@ -490,9 +491,16 @@ def check_schedule(step, peak, warmup, total, kind, final):
 
 
 # %% ten steps of each, and what an eleventh would have
+by_hand = {  # in steps 0, 1, 4, 9 and 10
+    "cosine": [50, 100, 10 + 45 * (1 + 0.5**0.5), 13.4254, 10],
+    "linear": [50, 100, 77.5, 21.25, 10],
+    "constant": [50, 100, 100, 100, 100],
+    "wsd": [50, 100, 100, 10 + 90 * (1 - 0.5**0.5), 10],
+}
 for kind in KINDS:
-    rates = [learning_rate(s, 100, 3, 10, kind, 0.1) for s in range(11)]
-    print(f"{kind:9}", " ".join(f"{x:5.1f}" for x in rates))
+    rates = [learning_rate(s, 100, 2, 10, kind, 0.1) for s in range(11)]
+    print(" ".join(f"{x:5.1f}" for x in rates))
+    compare(kind, np.take(rates, [0, 1, 4, 9, 10]), by_hand[kind], tol=1e-4)
 
 # %% [markdown]
 # ## Clipping
@@ -550,10 +558,15 @@ def clip_gradients(grads, max_norm):
 
 
 # %% a long, a short and a broken gradient
-for values in ([3.0, 4.0], [0.3, 0.4], [3.0, np.inf]):
-    grads = np.array(values)
+for values, size, left in (
+    ([3e20, 4e20], 5e20, [0.6, 0.8]),  # their squares are no float32
+    ([0.3, 0.4], 0.5, [0.3, 0.4]),
+    ([3.0, np.inf], np.inf, [3.0, np.inf]),
+):
+    grads = np.array(values, np.float32)
     norm = clip_gradients(grads, 1.0)
-    print(f"norm {norm:3.1f}  {values} becomes {grads.round(4)}")
+    right = np.isclose(norm, size) and np.allclose(grads, left, atol=1e-6)
+    verdict(f"norm {norm:g}", right, f"{values} becomes {grads.round(4)}")
 
 # %% [markdown]
 # To see what warm-up saves, begin at the valley's lowest point, with noise on
@@ -686,7 +699,8 @@ verdict("the mistake", caught, "is caught")
 # ## Exercises
 #
 # **1** (★★★). Adam has one scale for each *coordinate*. Turn the valley by 45
-# degrees, so that neither floor nor walls lie along one. Who still arrives?
+# degrees about its lowest point, so that neither floor nor walls lie along one.
+# Who still arrives?
 #
 # :::{admonition} Solution to exercise 1
 # :class: dropdown
