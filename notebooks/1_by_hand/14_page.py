@@ -40,16 +40,16 @@
 
 # %% setup
 import ast
-import inspect
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 
+from llmnb import reference
 from llmnb.book.diagram import PALETTE
 from llmnb.book.verify import compare, numerical_gradient, verdict
 from llmnb.book.wiring import wiring_figure
 from llmnb.config import GPT2Config
 from llmnb.model.tensors import parameter_shapes
-from llmnb.reference import gpt2
 from llmnb.reference.adamw import AdamW, adamw_update
 
 # %% imports of the page tags=["export"]
@@ -381,9 +381,9 @@ verdict("each tensor", least > 1e5 * 1e-8, "has a gradient to test")
 
 # %% [markdown]
 # Would the proof notice a mistake? Here are five that a careful person makes. Each is
-# one edit of the text of `backward` or of a layer; the function is compiled again
-# from the edited text. None of them raises an error, and each must be off by more
-# than $10^{-3}$ somewhere, where the proof allows $10^{-8}$.
+# one edit of the text of the page, `gpt2.py`, which is run again as edited. None of
+# them raises an error, and each must be off by more than $10^{-3}$ somewhere, where
+# the proof allows $10^{-8}$.
 #
 # - The second half's share replaces the stream's gradient, where it should be added.
 # - `g["wte"][tokens] += dx` looks like `np.add.at` and is not: where a token occurs
@@ -393,30 +393,28 @@ verdict("each tensor", least > 1e5 * 1e-8, "has a gradient to test")
 # - LayerNorm's last term is forgotten.
 
 # %% five mistakes
+page = Path(reference.__file__).with_name("gpt2.py").read_text()
 MISTAKES = {
-    "share lost": (
-        backward, "dx + layernorm_back(dln2", "layernorm_back(dln2",
-    ),  # fmt: skip
-    "added once": (backward, 'np.add.at(g["wte"], tokens, dx)',
+    "share lost": ("dx + layernorm_back(dln2", "layernorm_back(dln2"),
+    "added once": ('np.add.at(g["wte"], tokens, dx)',
                    'g["wte"][tokens] += dx'),
-    "no values": (attention_back, "(dq, dk, dv)", "(dq, dk, 0 * dv)"),
-    "no scale": (attention_back, "(datt - row) * scale", "(datt - row)"),
-    "no last term": (layernorm_back, " - xhat * along", ""),
+    "no values": ("(dq, dk, dv)", "(dq, dk, 0 * dv)"),
+    "no scale": ("(datt - row) * scale", "(datt - row)"),
+    "no last term": (" - xhat * along", ""),
 }  # fmt: skip
 
 
-def edited(function, old, new):
-    """`backward`, with one edit in its text or in that of a layer."""
-    text = inspect.getsource(function)
-    assert text.count(old) == 1
-    names = dict(globals())
-    exec(inspect.getsource(backward), names)
-    exec(text.replace(old, new), names)
-    return names["backward"]
+def edited(old, new, *batch):
+    """The gradients of the page with one edit; batch: as for `forward`."""
+    assert page.count(old) == 1
+    names = {}
+    exec(page.replace(old, new), names)
+    _, kept = names["forward"](*batch)
+    return names["backward"](*batch[:-1], kept)
 
 
 for name, edit in MISTAKES.items():
-    wrong = edited(*edit)(p, tokens, targets, NH, kept)
+    wrong = edited(*edit, p, tokens, targets, NH, V)
     far = max(np.abs(wrong[n] - numeric[n]).max() for n in p)
     verdict(name, far > 1e-3, "is caught")
 
@@ -443,7 +441,6 @@ verdict("the present", not same[:, -1].any(), "does move")
 # decay of 0.01 falls on all tensors here; in 500 steps it takes 1.5 %.)
 
 # %% the page, as a text
-page = inspect.getsource(gpt2)
 text = np.frombuffer(page.encode(), np.uint8).astype(np.int64)
 own = GPT2Config(32, 128, num_layers=2, num_heads=4, channels=32)
 p = {n: x.astype(np.float32) for n, x in first_weights(own, rng).items()}
@@ -584,10 +581,10 @@ batch = np.array([[0, 1, 2, 1, 0]])
 how = batch, batch[:, ::-1], 2
 _, kept = forward(q, *how, 9)
 whole = backward(q, *how, kept)["wte"]
-without = edited(backward, 'np.add.at(g["wte"], tokens, dx)', "pass")
-logits_share = without(q, *how, kept)["wte"]
+foot = 'np.add.at(g["wte"], tokens, dx)'
+logits_share = edited(foot, "pass", q, *how, 9)["wte"]
 head = 'g["wte"] += dlogits.reshape(-1, Vp).T @ lnf.reshape(-1, C)'
-encoder_share = edited(backward, head, "pass")(q, *how, kept)["wte"]
+encoder_share = edited(head, "pass", q, *how, 9)["wte"]
 
 # %% exercise 2, checked
 compare("their sum", encoder_share + logits_share, whole, tol=1e-12)
@@ -609,11 +606,9 @@ print("the logits' share reaches  ", reached[1])
 # :::
 
 # %% exercise 3 tags=["hide-cell"]
-untied = dict(globals())
-exec(inspect.getsource(forward).replace(
-    '(lnf @ p["wte"].T)', '(lnf @ p["headw"].T)'), untied)  # fmt: skip
+untied = {}
 exec(
-    inspect.getsource(backward)
+    page.replace('(lnf @ p["wte"].T)', '(lnf @ p["headw"].T)')
     .replace('g["wte"] += dlogits', 'g["headw"] += dlogits')
     .replace('dlogits @ p["wte"]', 'dlogits @ p["headw"]'),
     untied,
