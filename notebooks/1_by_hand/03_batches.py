@@ -175,6 +175,9 @@ def split(tokens, validation=None):
 # %% the library, split
 training, validation = split(stream)
 print(training.shape, validation.shape)
+whole = np.array_equal(np.concatenate((validation, training)), stream)
+sizes = [len(split(stream[:n])[1]) for n in (99, len(stream))]
+verdict("validation", whole and sizes == [9, 32_768], "is the first part")
 
 # %% [markdown]
 # ## The data loader
@@ -438,6 +441,7 @@ plain = DataLoader([numbers], 4, 4, shuffle=False)
 mixed = DataLoader([numbers], 4, 4, seed=1)
 epochs = [visits(loader, 4, 6) for loader in (plain, mixed, mixed)]
 print(epochs[0][0], epochs[1][0], epochs[2][0])
+verdict("no shuffle", [*epochs[0].flat] == [*range(24)], "as they lie")
 
 # %% the windows, drawn tags=["hide-input"]
 from matplotlib.colors import ListedColormap
@@ -496,6 +500,9 @@ for _ in range(7):
 second = DataLoader(parts, batch_size=4, seq_len=5, seed=11)
 second.state = loader.state
 print(second.state, "of", loader.batches_per_epoch, "batches an epoch")
+third = DataLoader(parts, batch_size=4, seq_len=5, seed=11)
+third.skip(3 * third.batches_per_epoch + 7)
+verdict("skipped", third.state == loader.state, "as far as was read")
 same = all(
     np.array_equal(loader.next_batch(), second.next_batch()) for _ in range(50)
 )

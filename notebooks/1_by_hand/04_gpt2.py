@@ -219,6 +219,7 @@ print("Vp =", cfg.padded_vocab_size)
 # %% no such model
 try:
     GPT2Config(num_heads=7)
+    verdict("no such model", False, "is refused")
 except ValueError as error:
     print(error)
 

@@ -590,11 +590,26 @@ def flops_per_token(cfg, seq_len):
 
 
 # %% what it says
-from llmnb.model.tensors import parameter_count, tensor_table
+from llmnb.model.tensors import (
+    decaying,
+    flops_per_token,
+    parameter_count,
+    tensor_table,
+)
 
 for x in tensor_table(GPT2Config()):
     marks = "decays" * x.decays, "added to" * x.added
     print(f"{x.name:<9} {str(x.shape):<14} {x.std:7.4f} {x.there:<24}", *marks)
+
+# %% what is counted
+cfg = GPT2Config()
+counts = [parameter_count(cfg, padded) for padded in (True, False)]
+known = counts == [124_475_904, 124_439_808]
+verdict("parameters", known, "GPT-2's, padded and not")
+most = "wte", "wpe", "qkvw", "attprojw", "fcw", "fcprojw"
+verdict("decay", set(decaying(cfg)) == {*most}, "of tables and matrices")
+operations = 6 * counts[1] + 6 * 12 * 768 * 1024
+verdict("a token", flops_per_token(cfg, 1024) == operations, "as (1.4.2)")
 
 # %% [markdown]
 # ## Proof of a block
@@ -603,8 +618,9 @@ for x in tensor_table(GPT2Config()):
 # for the input and for each of its twelve tensors. The weights are drawn fifty
 # times as wide as GPT-2's, so that every gradient is large; so is then the
 # error of the differences, and the tolerance is $10^{-7}$. (All arrays begin as
-# NaN, so that none can be read before it is written. `a` and `d` are one dict: the
-# gradients that stay in a block, such as `dqkv`, are those of its parts' `turns`.)
+# NaN, so that none can be read before it is written, but for the gradients that are
+# always added to: they begin as ones. `a` and `d` are one dict: the gradients that
+# stay in a block, such as `dqkv`, are those of its parts' `turns`.)
 
 # %% one block by itself
 cfg = GPT2Config(
@@ -612,8 +628,9 @@ cfg = GPT2Config(
 )
 parts, B, T, C = block_of(cfg), 2, 4, 6
 rng = np.random.default_rng(12)
-w = {x.name: rng.normal(size=x.shape) for x in tensor_table(cfg) if x.stacked}
-dw = {name: np.zeros_like(x) for name, x in w.items()}
+table = [x for x in tensor_table(cfg) if x.stacked]
+w = {x.name: rng.normal(size=x.shape) for x in table}
+dw = {x.name: np.full(x.shape, 1.0 if x.added else np.nan) for x in table}
 shapes = dict.fromkeys(("ln", "residual2", "residual3"), (B, T, C))
 for name in ("ln1", "ln2"):
     shapes |= parts.norm.keeps(cfg, B, T, name)
@@ -634,9 +651,17 @@ loss()
 d["dstream"][...] = g
 block_backward(parts, reference, inp, w, a, dw, d)
 compare("dinp", d["dstream"], numerical_gradient(loss, inp), tol=1e-7)
+first = {x.name: dw[x.name] - x.added for x in table}
 for name, weight in w.items():
     want = numerical_gradient(loss, weight)
-    compare(f"d{name}", dw[name], want, tol=1e-7)
+    compare(f"d{name}", first[name], want, tol=1e-7)
+
+# %% and once more, added
+loss()
+d["dstream"][...] = g
+block_backward(parts, reference, inp, w, a, dw, d, add=True)
+off = [np.abs(dw[x.name] - x.added - 2 * first[x.name]).max() for x in table]
+verdict("add=True", max(off) < 1e-9, "has each of them twice")
 
 # %% [markdown]
 # A wire that is missing: let the second norm hand nothing back, so that the

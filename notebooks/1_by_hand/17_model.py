@@ -589,6 +589,7 @@ for call in (
 ):
     try:
         call()
+        verdict("the call", False, "is refused")
     except ValueError as error:
         print(error)
 
@@ -605,6 +606,7 @@ for call in (
 ):
     try:
         call()
+        verdict("the call", False, "is refused")
     except RuntimeError as error:
         print(error)
 
