@@ -484,8 +484,8 @@ for name, n, layer in (
     ("cpu", 1, cpu),
     ("sliced", 99, sliced),
 ):
-    for grad in (p.dwte, p.dwpe):
-        grad[...] = 0
+    for array in (p.out, p.dwte, p.dwpe):
+        array[...] = 0
     with_threads(n, run, p, layer)
     results[name] = [a.copy() for a in (p.out, p.dwte, p.dwpe)]
 for i, name in enumerate(("out", "dwte", "dwpe")):

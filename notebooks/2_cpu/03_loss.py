@@ -197,7 +197,7 @@ def batch(B, T, V, Vp):
 
 def forward_and_backward(forward, backward, logits, targets, dlosses, V):
     losses, lse = np.zeros((2, *targets.shape), np.float32)
-    dlogits = np.zeros_like(logits)
+    dlogits = np.full_like(logits, np.nan)
     forward(losses, lse, logits, targets, V)
     backward(dlogits, dlosses, logits, lse, targets, V)
     return losses, lse, dlogits
@@ -221,6 +221,7 @@ verdict("in place", np.array_equal(logits, got[2]), "same bits")
 targets[2, 5] = 331
 try:
     forward_and_backward(*compiled, *small, 331)
+    verdict("the target", False, "is refused")
 except ValueError as error:
     print(error)
 

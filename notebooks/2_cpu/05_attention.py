@@ -713,25 +713,25 @@ def problem(B, T, NH, hs, dtype=np.float32, NKV=None):
     p = SimpleNamespace()
     width = (NH + 2 * (NKV or NH)) * hs
     p.inp = rng.normal(size=(B, T, width)).astype(dtype)
-    p.dinp = np.zeros_like(p.inp)
+    p.dinp = np.ones_like(p.inp)
     p.dout = rng.normal(size=(B, T, NH * hs)).astype(dtype)
     p.out, p.lse = np.zeros_like(p.dout), np.zeros((B, NH, T), dtype)
     return p
 
 
-def forward_and_backward(p, layer):
+def forward_and_backward(p, layer, add=False):
     layer.forward(p.out, p.lse, p.inp)
-    layer.backward(p.dinp, p.dout, p.inp, p.out, p.lse)
+    layer.backward(p.dinp, p.dout, p.inp, p.out, p.lse, add)
 
 
 cpu = SimpleNamespace(forward=attention_forward, backward=attention_backward)
 
 # %% the same gradient from the kernels
 p = problem(2, 5, 4, 3, np.float64, NKV=2)
-forward_and_backward(p, cpu)
+forward_and_backward(p, cpu, add=True)
 got = p.out.copy(), p.dinp.copy()
-p.dinp[...] = 0
-forward_and_backward(p, reference)
+p.dinp[...] = 1
+forward_and_backward(p, reference, add=True)
 compare("out", got[0], p.out, tol=1e-12)
 compare("dinp", got[1], p.dinp, tol=1e-12)
 

@@ -375,7 +375,7 @@ verdict("the step", abs(answer / exact - 1) < 0.02, "to one part in fifty")
 # %% exercise 2 tags=["hide-cell"]
 noticed_by = {1e-3: 3, 1e-5: 2, 1e-7: 1}
 
-# %% exercise 2, layers with a mistake tags=["hide-cell"]
+# %% layers with a mistake tags=["hide-cell"]
 from types import SimpleNamespace
 
 from llmnb import cpu
@@ -403,7 +403,7 @@ def distances(part, precision):
     return {name: distance(x, f"grads.fp64.{name}") for name, x in grads}
 
 
-# %% exercise 2, the three checks tags=["hide-cell"]
+# %% the three checks tags=["hide-cell"]
 def checks(part):
     """Which of the three notice the mistake."""
     us = distances(part, "fp32")
