@@ -2,7 +2,7 @@
 
 """Chapters as plain notebooks, and as notebooks to fill in."""
 
-__all__ = ["EXPORTED", "GO", "HOW", "main", "plain", "plain_cell"]
+__all__ = ["ANSWER", "EXPORTED", "GO", "HOW", "main", "plain", "plain_cell"]
 
 
 # imports
@@ -104,6 +104,7 @@ def plain_text(text):
 
 # a notebook of a chapter
 EXPORTED = {"export", "exporti"}
+ANSWER = re.compile(r"\A([\w, ]+ = )(?!.*^\w).*", re.M | re.S)
 HOW = """\
 > **To fill in.** The bodies of this chapter's functions are yours to write:
 > each raises `NotImplementedError` until you do. The chapter's checks are left
@@ -132,8 +133,10 @@ def plain_cell(cell, chapter, practice):
     if practice:
         cell.outputs, cell.execution_count = [], None
         solves = "hide-cell" in tags and title.startswith("exercise")
-        if tags & EXPORTED or solves:
+        if tags & EXPORTED or solves or not (chapter.cells or tags):
             cell.source = blank(cell.source)
+        if solves:
+            cell.source = ANSWER.sub(rf"\1...\n{TODO}", cell.source)
         cell.source = own_imports(cell.source, chapter.modules)
     for output in cell.outputs:
         data = output.get("data", {})
@@ -155,12 +158,9 @@ def plain(path, practice=False):
     chapter = read_chapter(path)
     for cell in book.cells:
         plain_cell(cell, chapter, practice)
-    first = []
-    if practice:
-        first += [nbformat.v4.new_markdown_cell(HOW)]
+    first = [nbformat.v4.new_markdown_cell(HOW)] if practice else []
     if any("../" in x.source for x in book.cells if x.cell_type == "code"):
-        go = GO.format(path.parent.name)
-        first += [nbformat.v4.new_code_cell(go)]
+        first += [nbformat.v4.new_code_cell(GO.format(path.parent.name))]
     for number, cell in enumerate(first):
         cell.id = f"first-{number}"
     book.cells[1:1] = first

@@ -187,11 +187,14 @@ print(plain_text(text))
 # ## A chapter, twice
 #
 # An exported cell says in a comment which module it is part of. The tags, which the
-# book reads, go. Some chapters read files of the repository, by their place beside
-# the chapter: those go there first.
+# book reads, go. Of an exercise's solution that is one assignment the names stay.
+# Chapter 1.1 exports nothing: there the functions in sight lose their bodies. Some
+# chapters read files of the repository, by their place beside the chapter: those go
+# there first.
 
 # %% a notebook of a chapter tags=["export"]
 EXPORTED = {"export", "exporti"}
+ANSWER = re.compile(r"\A([\w, ]+ = )(?!.*^\w).*", re.M | re.S)
 HOW = """\
 > **To fill in.** The bodies of this chapter's functions are yours to write:
 > each raises `NotImplementedError` until you do. The chapter's checks are left
@@ -217,8 +220,10 @@ def plain_cell(cell, chapter, practice):
     if practice:
         cell.outputs, cell.execution_count = [], None
         solves = "hide-cell" in tags and title.startswith("exercise")
-        if tags & EXPORTED or solves:
+        if tags & EXPORTED or solves or not (chapter.cells or tags):
             cell.source = blank(cell.source)
+        if solves:
+            cell.source = ANSWER.sub(rf"\1...\n{TODO}", cell.source)
         cell.source = own_imports(cell.source, chapter.modules)
     for output in cell.outputs:
         data = output.get("data", {})
@@ -238,12 +243,9 @@ def plain(path, practice=False):
     chapter = read_chapter(path)
     for cell in book.cells:
         plain_cell(cell, chapter, practice)
-    first = []
-    if practice:
-        first += [nbformat.v4.new_markdown_cell(HOW)]
+    first = [nbformat.v4.new_markdown_cell(HOW)] if practice else []
     if any("../" in x.source for x in book.cells if x.cell_type == "code"):
-        go = GO.format(path.parent.name)
-        first += [nbformat.v4.new_code_cell(go)]
+        first += [nbformat.v4.new_code_cell(GO.format(path.parent.name))]
     for number, cell in enumerate(first):
         cell.id = f"first-{number}"
     book.cells[1:1] = first
@@ -276,7 +278,7 @@ print(next(x for x in code if "def layernorm_forward" in x))
 #
 # Filled in with the chapter's own bodies, the notebook must be the chapter again.
 # Here the first function is filled in and called; the tests run a whole notebook, and
-# run it once more with a body that is wrong, which must end in `FAIL`.
+# others with a body that is wrong, which must end in `FAIL`.
 
 # %% empty, then filled in
 full = next(
