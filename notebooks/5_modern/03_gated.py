@@ -193,7 +193,7 @@ def geglu_forward(out, inp):
 
 
 # %% the two gates through the function
-y = np.empty((1, 1, 2))
+y = np.zeros((1, 1, 2))
 swiglu_forward(y, np.concatenate([gates, values])[None, None])
 compare("by hand", y[0, 0], by_hand, tol=1e-12)
 
