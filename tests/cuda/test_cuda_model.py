@@ -3,11 +3,8 @@
 Its gradients and its steps are in test_cuda_families.py.
 """
 
-import sys
 import warnings
-from contextlib import nullcontext
 from dataclasses import replace
-from itertools import count
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,7 +20,6 @@ from llmnb.cuda.model import fill, no_gpu
 from llmnb.files import own_folder
 from llmnb.formats.safetensors import TensorFile
 from llmnb.gpu import launch
-from llmnb.gpu.graph import Graph
 from llmnb.gpu.simulator import watch
 from llmnb.model.decode import Decoder
 from llmnb.model.generate import generate, window_logits
@@ -154,83 +150,6 @@ def test_fill():
     assert not np.asarray(arena["x"]["a"]).any()
     assert (np.asarray(arena["x"]["b"]) == np.float32(1 / 3)).all()
     check_machine_code(seen)
-
-
-class Driver:
-    """The driver's calls, written down; an answer of 0 is no error."""
-
-    def __init__(self):
-        self.calls = []
-
-    def __getattr__(self, name):
-        if name == "CUstreamCaptureMode":
-            return SimpleNamespace(CU_STREAM_CAPTURE_MODE_THREAD_LOCAL=1)
-        return lambda *args: self.calls.append(name) or (0, "graph")
-
-
-@pytest.fixture
-def driver(monkeypatch):
-    bindings = pytest.importorskip("cuda.bindings")
-    import numba.cuda
-
-    from llmnb.gpu import graph
-
-    fake = Driver()
-    monkeypatch.setattr(bindings, "driver", fake, raising=False)
-    monkeypatch.setitem(sys.modules, "cuda.bindings.driver", fake)
-    place = SimpleNamespace(handle=5, synchronize=lambda: None)
-    monkeypatch.setattr(graph, "_stream", lambda: place)
-    monkeypatch.setattr(numba.cuda, "defer_cleanup", nullcontext)
-    return fake
-
-
-def test_what_a_graph_asks_of_the_driver(driver):
-    """Run, record and launch, launch; the stream is set while it records."""
-    streams, begin_to_end = [], ["cuStreamBeginCapture", "cuStreamEndCapture"]
-    made = ["cuGraphInstantiate", "cuGraphDestroy", "cuGraphLaunch"]
-    graph = Graph(lambda: streams.append(launch.stream_address()), like=None)
-    for run_on, calls in (
-        ([0], []),
-        ([0, 5], begin_to_end + made),
-        ([0, 5], begin_to_end + made + ["cuGraphLaunch"]),
-    ):
-        graph()
-        assert (streams, driver.calls) == (run_on, calls)
-
-
-def test_a_failure_while_a_graph_is_recorded(driver):
-    """The stream stops recording, and the next call records again."""
-    calls = count(1)
-
-    def function():
-        if next(calls) == 2:
-            raise KeyError("x")
-
-    graph = Graph(function, like=None)
-    graph()
-    with pytest.raises(KeyError):
-        graph()
-    assert driver.calls == ["cuStreamBeginCapture", "cuStreamEndCapture"]
-    assert launch.stream_address() == 0
-    graph()
-    assert driver.calls[-1] == "cuGraphLaunch"
-
-
-def test_a_first_call_that_an_error_ends(driver):
-    """What it was to compile may not be: the next call does not record."""
-    calls = count(1)
-
-    def function():
-        if next(calls) == 1:
-            raise KeyboardInterrupt
-
-    graph = Graph(function, like=None)
-    with pytest.raises(KeyboardInterrupt):
-        graph()
-    graph()
-    assert not driver.calls
-    graph()
-    assert driver.calls[-1] == "cuGraphLaunch"
 
 
 SIZES = {"channels": 8, "seq_len": 6, "batch_size": 1, "eval_batches": 1}

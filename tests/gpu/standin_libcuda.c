@@ -26,7 +26,7 @@ enum { FORBIDDEN = 900, SPOILT = 901, IMPLICIT = 906 };
 #define NAMES(X)                                                            \
   X(allocations) X(bytes) X(frees) X(copies) X(waits) X(launches)           \
   X(recorded) X(recorded_copies) X(recordings) X(replays) X(replayed)       \
-  X(refusals) X(loads)
+  X(refusals) X(loads) X(destroyed)
 #define FIELD(name) long name;
 static struct { NAMES(FIELD) } counts;
 static char first_refusal[256];
@@ -279,6 +279,8 @@ int cuGraphInstantiateWithFlags(void **made, void *graph, uint64_t flags) {
   return *made = handle(), OK;
 }
 
+int cuGraphDestroy(void *graph) { return counts.destroyed++, OK; }
+
 int cuGraphLaunch(void *made, void *stream) {
   NOT_WHILE_RECORDING;
   counts.replayed += length;
@@ -407,7 +409,6 @@ NOTHING(cuStreamDestroy_v2)
 NOTHING(cuStreamQuery)
 NOTHING(cuStreamWaitEvent)
 NOTHING(cuThreadExchangeStreamCaptureMode)
-NOTHING(cuGraphDestroy)
 NOTHING(cuGraphExecDestroy)
 NOTHING(cuEventDestroy_v2)
 NOTHING(cuEventQuery)

@@ -13,9 +13,10 @@ def test_a_step_is_recorded_once_and_replayed(on_standin):
     assert launches > 20 * 12 and 11e9 < nbytes < 12e9
 
 
-WRONG = """
+ADD_ONE = """
 from llmnb.gpu.graph import Graph
-from llmnb.gpu.launch import empty, kernel, stream, to_device, to_host
+from llmnb.gpu.launch import empty, kernel, stream, stream_address
+from llmnb.gpu.launch import to_device, to_host
 from llmnb.gpu.simulator import cuda
 
 @kernel
@@ -25,6 +26,8 @@ def add_one(x):
         x[i] = x[i] + np.float32(1)
 
 x = to_device(np.zeros(40, np.float32))
+"""
+WRONG = """
 def allocates(): add_one[2, 32](empty(40))
 def copies(): to_host(x)
 def waits():
@@ -51,13 +54,53 @@ print("good", *counts("replays", "replayed"))
 
 def test_what_a_recording_may_not_do_is_refused(on_standin):
     """So the counts of the test before it could have been others."""
-    lines = on_standin(WRONG).splitlines()
+    lines = on_standin(ADD_ONE + WRONG).splitlines()
     said = dict(x.split(" | ") for x in lines[:-1])
     assert said["allocates"] == "cuMemAlloc_v2 (900)"
     assert said["copies"].startswith("cuMemcpyDtoH_v2 (900)")
     assert said["waits"] == "cuCtxSynchronize (900)"
     assert "add_one" in said["elsewhere"] and "(906)" in said["elsewhere"]
     assert lines[-1] == "good 2 2"
+
+
+ENDS = """
+import sys
+ends, recorded, said = iter(sys.argv[1]), [], []
+
+def function():
+    recorded.append(int(stream_address() > 0))
+    add_one[2, 32](x)
+    if next(ends) == "x":
+        raise KeyError
+
+graph = Graph(function, x)
+for _ in sys.argv[1]:
+    driver.standin_reset()
+    try:
+        graph()
+    except KeyError:
+        pass
+    asked = counts("launches", "recorded", "replays", "destroyed")
+    said.append("".join(map(str, asked)))
+print(*said, *recorded, stream_address())
+"""
+
+
+@pytest.mark.parametrize(
+    ("ends", "said"),
+    [
+        ("....", "1000 0111 0010 0010 0 1 0"),
+        ("x...", "1000 1000 0111 0010 0 0 1 0"),
+        (".x..", "1000 0100 0111 0010 0 1 1 0"),
+    ],
+)
+def test_what_an_error_ends_is_done_again(on_standin, ends, said):
+    """The first call, which compiles, and the one that records.
+
+    Of each call what is launched, recorded, replayed, destroyed; of each run
+    of the function whether a stream records it; and the stream at the end.
+    """
+    assert on_standin(ADD_ONE + ENDS, ends) == said
 
 
 AS_LAUNCHED = r"""
