@@ -143,10 +143,13 @@ def test_fewer_rows_are_compared():
 @pytest.mark.parametrize("library", ["", "no library"])
 @pytest.mark.parametrize("why", ["", "no GPU for torch"])
 def test_the_library_and_torch_take_turns(why, library, monkeypatch):
-    """Where they start, and on the same arrays."""
+    """Where they start, on the same arrays; who fails costs its own row."""
     seen = []
     ladder = ladder_named("matmul_forward")._replace(
-        library=lambda: {"cuBLASLt": lambda *a: seen.append(a[0].shape)},
+        library=lambda: {
+            "cuBLASLt": lambda *a: seen.append(a[0].shape),
+            "TF32": fail,
+        },
         torch=lambda torch, a: lambda: seen.append(a.out),
     )
     torch = SimpleNamespace(as_tensor=lambda x, device: (x.shape, device))
@@ -159,6 +162,7 @@ def test_the_library_and_torch_take_turns(why, library, monkeypatch):
     runs, found = module._rivals(ladder, there)
     reasons = {k: x["unmeasured"] for k, x in found.items()}
     asked = {"cuBLASLt": library, "torch": why}
+    asked |= {} if library else {"TF32": "no kernel"}
     assert reasons == {k: x for k, x in asked.items() if x}
     assert [*runs] == [k for k, x in asked.items() if not x]
     seen.clear()  # each has been tried
@@ -170,33 +174,6 @@ def test_the_library_and_torch_take_turns(why, library, monkeypatch):
 
 def fail(*arguments):
     raise RuntimeError("\nno kernel\nfor this shape")
-
-
-def test_a_rival_that_fails_costs_only_its_own_row(monkeypatch):
-    ladder = ladder_named("matmul_forward")._replace(
-        library=lambda: {"cuBLASLt": lambda *a: None, "TF32": fail},
-        torch=fail,  # before it is timed
-    )
-    torch = SimpleNamespace(as_tensor=lambda x, device: x)
-    monkeypatch.setattr(module, "no_cublas", lambda: "")
-    monkeypatch.setattr(module, "torch_on", torch_or_none(torch))
-    runs, found = module._rivals(ladder, {"out": np.zeros(3)})
-    assert [*runs] == ["cuBLASLt"]
-    why = {"unmeasured": "no kernel"}
-    assert found == {"TF32": why, "torch": why}
-
-
-def test_a_version_that_fails_costs_only_its_own_row(monkeypatch):
-    ladder = ladder_named("encoder_backward")
-    first, *others = ladder.names
-
-    def judged(ladder, number, sizes):
-        return fail() if number == 1 else ""
-
-    monkeypatch.setattr(module, "judge", judged)
-    gpu = module.Gpu(None, {}, None, TINY)
-    found = module._found_wrong(ladder, TINY, gpu, ladder.draw(TINY), {})
-    assert others and found == {first: "no kernel"}
 
 
 def torch_or_none(torch, why=""):
@@ -378,12 +355,21 @@ def between(gpu, run):
     return gpu.now - start
 
 
-def test_the_contest_on_a_gpu_that_is_made_up(monkeypatch):
-    """All that follows the clock: which rows are timed, and their shares."""
-    verdicts = iter(["out is 9 off", ""])
+@pytest.mark.parametrize(
+    ("judged_first", "wrong"),
+    [(lambda: "out is 9 off", "out is 9 off"), (fail, "no kernel")],
+)
+def test_the_contest_on_a_gpu_that_is_made_up(
+    judged_first, wrong, monkeypatch
+):
+    """All that follows the clock: which rows are timed, and their shares.
+
+    A version that is wrong, or fails, costs only its own row.
+    """
+    verdicts = iter([judged_first, str])
 
     def judged(ladder, version, sizes, place=None, seed=1):
-        return "" if place is simulated else next(verdicts)
+        return "" if place is simulated else next(verdicts)()
 
     def turns(clock, runs, budget):
         assert clock == "clock" and [*runs] == ["layernorm_forward"]
@@ -403,7 +389,7 @@ def test_the_contest_on_a_gpu_that_is_made_up(monkeypatch):
         monkeypatch.setattr(module, name, what)
     (found,) = kernel_contests(["layernorm_forward"], sizes=TINY, counted=TINY)
     one, two, torch = found["contestants"]
-    assert one["unmeasured"] == "wrong: out is 9 off"
+    assert one["unmeasured"] == f"wrong: {wrong}"
     assert two["seconds"] == [3e-6, 1e-6, 2e-6]
     assert torch == {"name": "torch", "unmeasured": "none here"}
     ladder = ladder_named("layernorm_forward")
@@ -413,7 +399,7 @@ def test_the_contest_on_a_gpu_that_is_made_up(monkeypatch):
     share = found["work"] / 2e-6 / 1e9
     text = report(facts([found]) | {"gpu": {"name": "Nothing 1"}})
     assert "  2.0 |" in text and f" {share:.0%} |" in text
-    assert "forward_by_threads (wrong: out is 9 off)" in text
+    assert f"forward_by_threads (wrong: {wrong})" in text
     assert "GPU      Nothing 1" in text
     json.dumps(found)
 
