@@ -104,10 +104,9 @@ def adamw_apply(params, grads, m, v, settings):
             "adamw_apply: settings must begin at a multiple of 16 bytes"
         )
     arrays = params, grads, m, v
-    if params.size:
-        fours = count_fours(*arrays)
-        grid = -(-(params.size - 3 * fours) // BLOCK)
-        _adamw_by_fours[grid, BLOCK](*arrays, settings, fours)
+    fours = count_fours(*arrays)
+    grid = -(-(params.size - 3 * fours) // BLOCK)
+    _adamw_by_fours[grid, BLOCK](*arrays, settings, fours)
 
 
 @shapes("N!, N, N!, N!", DEVICE, work="W!?")
@@ -198,10 +197,9 @@ def _shrink(grads, work, max_norm, fours):
 
 def shrink(grads, max_norm, work):
     """Scale a flat array whose norm is in work[0]; nothing waits."""
-    if grads.size:
-        fours, most = count_fours(grads), min(max_norm, float(LARGEST))
-        grid = -(-(grads.size - 3 * fours) // BLOCK)
-        _shrink[grid, BLOCK](grads, work, np.float32(most), fours)
+    fours, most = count_fours(grads), min(max_norm, float(LARGEST))
+    grid = -(-(grads.size - 3 * fours) // BLOCK)
+    _shrink[grid, BLOCK](grads, work, np.float32(most), fours)
 
 
 # the norm and the clip, for a graph
@@ -213,13 +211,13 @@ def clip_scratch():
     return 1 + NORM_BLOCKS
 
 
-def _norm(work, grads):
-    """Leave the norm of a flat array in work[0]; nothing waits."""
-    given_work("global_norm", work, clip_scratch(), grads)
-    blocks = (grads.size + 4 * BLOCK - 1) // (4 * BLOCK)
-    blocks = min(NORM_BLOCKS, max(1, blocks))
+def _with_norm(layer, work, grads):
+    """A layer's work, in whose first place the norm will be; nothing waits."""
+    work = given_work(layer, work, clip_scratch(), grads)
+    blocks = min(NORM_BLOCKS, max(1, -(-grads.size // (4 * BLOCK))))
     _squares[blocks, BLOCK](grads, work, int(aligned(grads)))
     _root_of_sum[1, BLOCK](work, blocks)
+    return work
 
 
 @shapes("N!, above 0, W!", DEVICE)
@@ -231,8 +229,7 @@ def clip_apply(grads, max_norm, work):
 
     Derived in chapter 3.10.
     """
-    _norm(work, grads)
-    shrink(grads, max_norm, work)
+    shrink(grads, max_norm, _with_norm("clip_apply", work, grads))
 
 
 # the norm and the clip, with an answer
@@ -248,8 +245,7 @@ def global_norm(grads, work=None):
 
     Derived in chapter 3.10.
     """
-    work = given_work("global_norm", work, clip_scratch(), grads)
-    _norm(work, grads)
+    work = _with_norm("global_norm", work, grads)
     return float(to_host(work[:1])[0])
 
 
@@ -266,6 +262,6 @@ def clip_gradients(grads, max_norm, work=None):
 
     Derived in chapter 3.10.
     """
-    work = given_work("clip_gradients", work, clip_scratch(), grads)
-    clip_apply(grads, max_norm, work)
+    work = _with_norm("clip_gradients", work, grads)
+    shrink(grads, max_norm, work)
     return float(to_host(work[:1])[0])

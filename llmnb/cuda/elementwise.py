@@ -86,9 +86,8 @@ def elementwise(function, reads):
 
     def run(out, *arrays, add=0):
         fours = count_fours(out, *arrays)
-        threads = out.size - 3 * fours
-        if threads:
-            made[-(-threads // BLOCK), BLOCK](out, *arrays, add, fours)
+        grid = -(-(out.size - 3 * fours) // BLOCK)
+        made[grid, BLOCK](out, *arrays, add, fours)
 
     run.kernel = made
     return run

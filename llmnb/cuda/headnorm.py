@@ -124,12 +124,11 @@ def headnorm_forward(out, rstd, inp, qweight, kweight, eps=1e-6, offset=0.0):
     hs = qweight.size
     NKV = key_heads("headnorm_forward", inp, rstd, hs)
     rows, normed = inp.shape[0] * inp.shape[1], rstd.shape[2]
-    if rows:
-        y, x = (a.reshape(rows, normed + NKV, hs) for a in (out, inp))
-        arrays = y, rstd.reshape(rows, normed), x, qweight, kweight
-        grid = -(-rows * (normed + NKV) // WARPS)
-        numbers = np.float32(eps), np.float32(offset)
-        _headnorm_forward[grid, 32 * WARPS](*arrays, NKV, *numbers)
+    y, x = (a.reshape(rows, normed + NKV, hs) for a in (out, inp))
+    arrays = y, rstd.reshape(rows, normed), x, qweight, kweight
+    grid = -(-rows * (normed + NKV) // WARPS)
+    numbers = np.float32(eps), np.float32(offset)
+    _headnorm_forward[grid, 32 * WARPS](*arrays, NKV, *numbers)
 
 
 def _parts(rows):

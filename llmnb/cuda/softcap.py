@@ -79,6 +79,5 @@ def capped_crossentropy_backward(
     Derived in chapter A.14.
     """
     arrays, rows = (dlogits, dlosses, logits, lse, targets), lse.size
-    if rows:
-        flat = [x.reshape(rows, *tuple(x.shape)[2:]) for x in arrays]
-        _capped_slopes[rows, 256](*flat, V, np.float32(softcap))
+    flat = [x.reshape(rows, *tuple(x.shape)[2:]) for x in arrays]
+    _capped_slopes[rows, 256](*flat, V, np.float32(softcap))

@@ -73,7 +73,8 @@ rng = np.random.default_rng(8)
 # An access of 16 bytes must begin at a multiple of 16 bytes; all memory that a
 # GPU hands out does, but a view may begin anywhere. For such a view we set
 # $f = 0$: then thread $i$ takes element $i$, as in the plainest kernel. And a grid
-# without blocks is an error to CUDA, so for an empty array nothing is launched.
+# without blocks, an error to CUDA, is one that our `kernel` does not launch: for
+# an empty array nothing happens.
 #
 # ## The kernel, once
 #
@@ -186,9 +187,8 @@ def elementwise(function, reads):
 
     def run(out, *arrays, add=0):
         fours = count_fours(out, *arrays)
-        threads = out.size - 3 * fours
-        if threads:
-            made[-(-threads // BLOCK), BLOCK](out, *arrays, add, fours)
+        grid = -(-(out.size - 3 * fours) // BLOCK)
+        made[grid, BLOCK](out, *arrays, add, fours)
 
     run.kernel = made
     return run

@@ -229,10 +229,9 @@ def adamw_apply(params, grads, m, v, settings):
             "adamw_apply: settings must begin at a multiple of 16 bytes"
         )
     arrays = params, grads, m, v
-    if params.size:
-        fours = count_fours(*arrays)
-        grid = -(-(params.size - 3 * fours) // BLOCK)
-        _adamw_by_fours[grid, BLOCK](*arrays, settings, fours)
+    fours = count_fours(*arrays)
+    grid = -(-(params.size - 3 * fours) // BLOCK)
+    _adamw_by_fours[grid, BLOCK](*arrays, settings, fours)
 
 
 @shapes("N!, N, N!, N!", DEVICE, work="W!?")
@@ -467,10 +466,9 @@ def _shrink(grads, work, max_norm, fours):
 
 def shrink(grads, max_norm, work):
     """Scale a flat array whose norm is in work[0]; nothing waits."""
-    if grads.size:
-        fours, most = count_fours(grads), min(max_norm, float(LARGEST))
-        grid = -(-(grads.size - 3 * fours) // BLOCK)
-        _shrink[grid, BLOCK](grads, work, np.float32(most), fours)
+    fours, most = count_fours(grads), min(max_norm, float(LARGEST))
+    grid = -(-(grads.size - 3 * fours) // BLOCK)
+    _shrink[grid, BLOCK](grads, work, np.float32(most), fours)
 
 
 # %% the norm and the clip, for a graph tags=["export"]
@@ -479,13 +477,13 @@ def clip_scratch():
     return 1 + NORM_BLOCKS
 
 
-def _norm(work, grads):
-    """Leave the norm of a flat array in work[0]; nothing waits."""
-    given_work("global_norm", work, clip_scratch(), grads)
-    blocks = (grads.size + 4 * BLOCK - 1) // (4 * BLOCK)
-    blocks = min(NORM_BLOCKS, max(1, blocks))
+def _with_norm(layer, work, grads):
+    """A layer's work, in whose first place the norm will be; nothing waits."""
+    work = given_work(layer, work, clip_scratch(), grads)
+    blocks = min(NORM_BLOCKS, max(1, -(-grads.size // (4 * BLOCK))))
     _squares[blocks, BLOCK](grads, work, int(aligned(grads)))
     _root_of_sum[1, BLOCK](work, blocks)
+    return work
 
 
 @shapes("N!, above 0, W!", DEVICE)
@@ -495,8 +493,7 @@ def clip_apply(grads, max_norm, work):
     As `clip_gradients`, but it allocates nothing and does not wait: a CUDA
     graph may record it, with this `max_norm`.
     """
-    _norm(work, grads)
-    shrink(grads, max_norm, work)
+    shrink(grads, max_norm, _with_norm("clip_apply", work, grads))
 
 
 # %% the norm and the clip, with an answer tags=["export"]
@@ -510,8 +507,7 @@ def global_norm(grads, work=None):
     `clip_scratch()` floats, or None to have one made. Waits for the result.
     Raises TypeError or ValueError for arrays that do not fit.
     """
-    work = given_work("global_norm", work, clip_scratch(), grads)
-    _norm(work, grads)
+    work = _with_norm("global_norm", work, grads)
     return float(to_host(work[:1])[0])
 
 
@@ -526,8 +522,8 @@ def clip_gradients(grads, max_norm, work=None):
     out infinite: as for `global_norm`. Waits for the norm. Raises ValueError
     unless max_norm is positive, and as `global_norm` does.
     """
-    work = given_work("clip_gradients", work, clip_scratch(), grads)
-    clip_apply(grads, max_norm, work)
+    work = _with_norm("clip_gradients", work, grads)
+    shrink(grads, max_norm, work)
     return float(to_host(work[:1])[0])
 
 

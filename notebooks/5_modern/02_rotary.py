@@ -713,9 +713,8 @@ def _turn_pairs(layer, x, table, heads, first, sign):
     check_turn(layer, x, table, heads, first)
     heads, first = int(heads), int(first)
     pairs = x.shape[0] * x.shape[1] * heads * table.shape[1] // 2
-    if pairs:
-        how = heads, first, np.float32(sign)
-        _turn[-(-pairs // BLOCK), BLOCK](x, table, *how)
+    how = heads, first, np.float32(sign)
+    _turn[-(-pairs // BLOCK), BLOCK](x, table, *how)
 
 
 # %% rotary on a GPU tags=["export"] module="cuda.rotary"

@@ -635,6 +635,7 @@ print(f"SwiGLU: {slow / fast:.1f} times as fast as NumPy")
 import math
 
 from llmnb.cuda.gelu import CUBIC32, ONE, SLOPE32, THREE, ZERO
+from llmnb.cuda.matmul import as_rows
 from llmnb.gpu.launch import DEVICE, aligned, device, kernel
 from llmnb.gpu.simulator import cuda, load4, store4
 from llmnb.shapes import shapes
@@ -722,19 +723,16 @@ _swiglu, _swiglu_back = _forward_kernels(_silu), _backward_kernels(_silu)
 _geglu, _geglu_back = _forward_kernels(_gelu), _backward_kernels(_gelu)
 
 
-def _launch(kernels, H, *arrays):
+def _launch(kernels, *arrays):
     """Run a kernel on rows; kernels: for one channel a thread, and for four.
 
-    arrays: in their order, of 2 H or of H channels.
+    arrays: in their order; the last, inp, has 2 H channels.
     """
-    n = arrays[-1].size // 2
-    if n == 0:
-        return
-    rows = [x.reshape(n // H, x.size * H // n) for x in arrays]
-    run, threads = kernels[0], n
-    if H % 4 == 0 and aligned(*arrays):
-        run, threads = kernels[1], n // 4
-    run[-(-threads // BLOCK), BLOCK](*rows)
+    (by_one, by_four), inp = kernels, arrays[-1]
+    run, threads = by_one, inp.size // 2
+    if inp.shape[-1] % 8 == 0 and aligned(*arrays):
+        run, threads = by_four, inp.size // 8
+    run[-(-threads // BLOCK), BLOCK](*map(as_rows, arrays))
 
 
 # %% SwiGLU on a GPU tags=["export", "fold-input"] module="cuda.gated"
@@ -746,7 +744,7 @@ def swiglu_forward(out, inp):
     Both float32 on a device and C-contiguous. Raises TypeError or
     ValueError before it launches anything.
     """
-    _launch(_swiglu, out.shape[-1], out, inp)
+    _launch(_swiglu, out, inp)
 
 
 @shapes("B T 2H!, B T H, B T 2H", DEVICE)
@@ -757,7 +755,7 @@ def swiglu_backward(dinp, dout, inp):
     C-contiguous; dinp is overwritten. Raises TypeError or ValueError before
     it launches anything.
     """
-    _launch(_swiglu_back, dout.shape[-1], dinp, dout, inp)
+    _launch(_swiglu_back, dinp, dout, inp)
 
 
 # %% GeGLU on a GPU tags=["export", "fold-input"] module="cuda.gated"
@@ -769,7 +767,7 @@ def geglu_forward(out, inp):
     Both float32 on a device and C-contiguous; GELU in the tanh form. Raises
     TypeError or ValueError before it launches anything.
     """
-    _launch(_geglu, out.shape[-1], out, inp)
+    _launch(_geglu, out, inp)
 
 
 @shapes("B T 2H!, B T H, B T 2H", DEVICE)
@@ -780,7 +778,7 @@ def geglu_backward(dinp, dout, inp):
     C-contiguous; dinp is overwritten. Raises TypeError or ValueError before
     it launches anything.
     """
-    _launch(_geglu_back, dout.shape[-1], dinp, dout, inp)
+    _launch(_geglu_back, dinp, dout, inp)
 
 
 # %% the same results on the simulator

@@ -405,12 +405,11 @@ def headnorm_forward(out, rstd, inp, qweight, kweight, eps=1e-6, offset=0.0):
     hs = qweight.size
     NKV = key_heads("headnorm_forward", inp, rstd, hs)
     rows, normed = inp.shape[0] * inp.shape[1], rstd.shape[2]
-    if rows:
-        y, x = (a.reshape(rows, normed + NKV, hs) for a in (out, inp))
-        arrays = y, rstd.reshape(rows, normed), x, qweight, kweight
-        grid = -(-rows * (normed + NKV) // WARPS)
-        numbers = np.float32(eps), np.float32(offset)
-        _headnorm_forward[grid, 32 * WARPS](*arrays, NKV, *numbers)
+    y, x = (a.reshape(rows, normed + NKV, hs) for a in (out, inp))
+    arrays = y, rstd.reshape(rows, normed), x, qweight, kweight
+    grid = -(-rows * (normed + NKV) // WARPS)
+    numbers = np.float32(eps), np.float32(offset)
+    _headnorm_forward[grid, 32 * WARPS](*arrays, NKV, *numbers)
 
 
 def _parts(rows):
@@ -547,9 +546,8 @@ def capped_crossentropy_backward(
     TypeError or ValueError before it launches anything.
     """
     arrays, rows = (dlogits, dlosses, logits, lse, targets), lse.size
-    if rows:
-        flat = [x.reshape(rows, *tuple(x.shape)[2:]) for x in arrays]
-        _capped_slopes[rows, 256](*flat, V, np.float32(softcap))
+    flat = [x.reshape(rows, *tuple(x.shape)[2:]) for x in arrays]
+    _capped_slopes[rows, 256](*flat, V, np.float32(softcap))
 
 
 # %% the caps on the simulator

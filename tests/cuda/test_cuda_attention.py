@@ -6,9 +6,6 @@ import pytest
 from gpu import check_machine_code, check_row, launched, unwatched
 from layers import NAMED, problem
 
-from llmnb import cuda
-from llmnb.gpu.launch import simulated
-
 
 def test_forward_over_several_tiles():
     check_row("attention", 1, 70, 1, 1, 4)
@@ -87,9 +84,3 @@ def test_large_scores_and_scores_that_grow():
 def test_a_head_too_wide(way):
     with pytest.raises(ValueError, match="260 channels is too wide"):
         launched("attention", 1, 2, 1, 1, 260, ways=way)
-
-
-def test_no_positions():
-    empty = [simulated(np.zeros(s, "f4")) for s in ((0, 3, 4), (0, 1, 3))]
-    with pytest.raises(ValueError, match="lse must not be empty"):
-        cuda.attention_forward(*empty, simulated(np.zeros((0, 3, 12), "f4")))

@@ -193,19 +193,62 @@ def test_scratch_of_norms(scratch, sums):
         assert scratch(*shape) == parts * sums * shape[1]
 
 
+PLAIN = [name for name in NAMES if home(name) in ("gelu", "residual")]
+
+
 @pytest.mark.parametrize("odd", [False, True])
 @pytest.mark.parametrize(
-    "name", [name for name in OTHERS if "attention" not in name]
+    "name", PLAIN + [name for name in OTHERS if "attention" not in name]
 )
 def test_machine_code(name, odd):
     layer, arrays, _ = drawn(name, SIZE, odd)
     with watch() as seen:
         layer(*there(arrays).values())
-    registers = 64 if name in LIGHT else 255
+    registers = 64 if name in PLAIN + LIGHT else 255
     found = gpu.check_machine_code(seen, registers)
-    if "glu" in name:
+    if name in PLAIN or "glu" in name:
         (made,) = found.values()
-        assert (made.vector_loads > 0) is (made.vector_stores > 0) is not odd
+        fours = name in PLAIN or not odd  # a plain one has fours and a rest
+        assert (made.vector_loads > 0) is (made.vector_stores > 0) is fours
+
+
+# arrays of 256 channels are 32 sectors of 32 bytes, which a warp asks for in
+# 8 requests of a float a lane, or in 2 of four
+NORM = {"eps": 1e-3, "offset": 1.0}
+TABLE = 2 * 2 * 32 + 64  # zeros, and the sums of two parts; dweight
+MOVED = [
+    # inp once and out once; three arrays twice as wide on the way back
+    ("swiglu", (1, 4, 256), {}, (4 * (64 + 32), 4 * (64 + 32 + 64))),
+    ("geglu", (1, 4, 256), {}, (4 * (64 + 32), 4 * (64 + 32 + 64))),
+    # x in and out, and a row of the table for each head that turns
+    ("rotary", (1, 4, 32, 4, 2, 0), {}, (4 * 4 * (2 * 8 + 8),) * 2),
+    # each number thrice, weight, out, rstd; on the way back inp, dout and
+    # weight in both sweeps; dinp and the block's sums are read and written;
+    # each of 8 warps reads rstd
+    ("rmsnorm", (1, 8, 256), NORM | {"add": True},
+     (8 * (4 * 32 + 1), 8 * (6 * 32 + 2 * 32 + 2 * 32 + 8) + TABLE)),
+    ("rmsnorm", (1, 8, 256), NORM | {"add": False},
+     (8 * (4 * 32 + 1), 8 * (6 * 32 + 32 + 2 * 32 + 8) + TABLE)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "sizes", "options", "moved"), MOVED)
+def test_what_a_layer_moves(name, sizes, options, moved):
+    """Sectors, in the requests of whole warps; each layer in one launch."""
+    forward, back = gpu.check_row(name, *sizes, **options)
+    assert (forward.sectors, back.sectors) == moved
+    assert len(forward.launches) == 1 and forward.barriers == 0
+    if "glu" in name:
+        assert forward.requests == forward.sectors // 16
+    if name == "rmsnorm":
+        assert forward.requests == 8 * (4 * 8 + 1)
+        assert forward.exchanges == 32 * 8 * 5
+        assert len(back.launches) == 2
+
+
+@pytest.mark.parametrize("C", [255, 256, 257, 1030])
+def test_rows_longer_than_a_block(C):
+    gpu.check_row("rmsnorm", 1, 2, C, **NORM, add=True)
 
 
 REFUSING = "attention", "local_attention", "crossentropy", "fused_classifier"
@@ -218,14 +261,6 @@ def emptied(name):
     batched = {a.name for a in row if "B" in a.names or a.open}
     arrays = {k: x[:0] if k in batched else x for k, x in arrays.items()}
     return arrays, batched
-
-
-@pytest.mark.parametrize("name", LIGHT)
-def test_nothing_is_launched_for_empty_arrays(name):
-    empty, _ = emptied(name)
-    with watch() as seen:
-        getattr(cuda, name)(*there(empty, simulated).values())
-    assert not seen.launches
 
 
 @pytest.mark.parametrize("name", [x for x in NAMES if emptied(x)[1]])
