@@ -279,7 +279,7 @@ import numpy as np
 
 from llmnb.bench.bench import WARM_UP
 from llmnb.bench.peers import peak_memory
-from llmnb.bench.race import Settings, facts_of, lineup
+from llmnb.bench.race import Settings, by_key, facts_of, lineup
 from llmnb.bench.stopwatch import Stopwatch
 from llmnb.model.architectures import architecture_record
 from llmnb.model.tensors import parameter_count
@@ -302,8 +302,9 @@ def timed_updates(config, cfg, count, group=ALONE):
     """Train for some updates, in a group that all its processes call this in.
 
     config: a TrainConfig, of which the batches count; cfg: the model's
-    configuration. Returns of each update, but for `WARM_UP` before them, a
-    dict: seconds; waiting, those in the group's calls; sent, bytes.
+    configuration. Returns a dict of lists, a number an update, but for
+    `WARM_UP` before them: seconds; waiting, those in the group's calls;
+    sent, bytes.
     """
     watch, rows, at = Stopwatch(group), [], Progress()
     model = empty_model(config, cfg, config.seed, watch)
@@ -318,7 +319,7 @@ def timed_updates(config, cfg, count, group=ALONE):
         sent = int(getattr(group, "sent", 0) - before)
         waiting = sum(watch.seconds.values())
         rows.append({"seconds": seconds, "waiting": waiting, "sent": sent})
-    return rows[WARM_UP:]
+    return by_key(rows[WARM_UP:])
 
 
 # %% [markdown]
@@ -337,7 +338,7 @@ def group_contest(name, config, cfg, count, group):
     the contest. Raises ValueError when the ranks cannot share an update.
     """
     _check_shared(config, group)
-    mine = {"updates": timed_updates(config, cfg, count, group)}
+    mine = timed_updates(config, cfg, count, group)
     ranks = group.gather(mine | {"memory_bytes": peak_memory()})
     gc.collect()  # the model; one rank's comes in its place
     one = _alone(config, cfg, count) if group.first else None
@@ -374,14 +375,14 @@ def _alone(config, cfg, count):
         found = timed_updates(config, cfg, count)
     except MemoryError as why:
         return row | {"unmeasured": str(why)}
-    return row | {"step_seconds": median(x["seconds"] for x in found)}
+    return row | {"step_seconds": median(found["seconds"])}
 
 
 # %% its rows tags=["exporti"] module="bench.ranks"
 def _group_rows(group, ranks, one):
     """The rows of a contest: one rank, all of them, and each."""
-    steps = zip(*(x["updates"] for x in ranks), strict=True)
-    seconds = [max(x["seconds"] for x in step) for step in steps]
+    steps = zip(*(x["seconds"] for x in ranks), strict=True)
+    seconds = [max(step) for step in steps]
     every = {"name": f"all {group.size} ranks", "seconds": seconds}
     every["step_seconds"] = median(seconds)
     if "step_seconds" in one:
@@ -390,8 +391,8 @@ def _group_rows(group, ranks, one):
     each = [
         {
             "name": group.name(rank),
-            "waiting_seconds": median(y["waiting"] for y in x["updates"]),
-            "sent": median(y["sent"] for y in x["updates"]),
+            "waiting_seconds": median(x["waiting"]),
+            "sent": median(x["sent"]),
             "memory_bytes": x["memory_bytes"],
         }
         for rank, x in enumerate(ranks)

@@ -180,59 +180,27 @@ def random_batch(spec):
 # pass ([chapter 5.11](../5_modern/11_inbackward.ipynb)) has no such parts.
 
 
-# %% our contestant tags=["exporti"] module="bench.peers"
-def llmnb_contestant(spec):
-    """A step of a GPT2 and its facts: two functions for `serve`.
-
-    spec: a dict with model, batch_size, seq_len, backend, precision, on a
-    GPU graph, and perhaps in_backward. Raises NotImplementedError, saying
-    why, when the backend or the processor lacks the precision.
-    """
+# %% our model tags=["exporti"] module="bench.peers"
+def _our_model(spec):
+    """The model of a spec, with its kernels compiled where they are known."""
     from llmnb.model.architectures import architecture_from
     from llmnb.model.gpt2 import GPT2
     from llmnb.model.inbackward import InBackward
 
-    lean = spec.get("in_backward", False)
+    made = InBackward if spec.get("in_backward") else GPT2
     cfg, precision = architecture_from(spec["model"]), spec["precision"]
     sizes = spec["batch_size"], spec["seq_len"]
     try:
-        made = InBackward if lean else GPT2
         model = made(cfg, *sizes, spec["backend"], precision)
     except ValueError as why:
         raise NotImplementedError(why) from None
     if model.precision != precision:
         raise NotImplementedError("not available on this CPU")
-    batch, numbers = random_batch(spec), count(1)
-    if spec["backend"] == "cuda":
-        return _on_gpu(model, batch, numbers, spec["graph"])
     if spec["backend"] == "cpu":
         from llmnb.model.ahead import compile_ahead
 
         compile_ahead(cfg, precision)
-
-    def step():
-        if lean:
-            return {"loss": model.step(*batch, step=next(numbers))[0]}
-        loss = model.forward(*batch)
-        model.backward()
-        model.update(step=next(numbers))
-        return {"loss": loss}
-
-    def facts():
-        found = {"arena_bytes": model.memory.nbytes}
-        found |= _our_facts(spec["backend"])
-        return found if lean else found | _apart(model, batch, numbers)
-
-    return step, facts
-
-
-def _apart(model, batch, numbers, wait=lambda: None):
-    """What each layer takes, in steps of their own."""
-    from llmnb.bench.stopwatch import Stopwatch, timed_step
-
-    model.ops = Stopwatch(model.ops, wait)
-    steps = [timed_step(model, *batch, next(numbers)) for _ in range(3)]
-    return {"apart": steps}
+    return model
 
 
 # %% [markdown]
@@ -246,32 +214,50 @@ def _apart(model, batch, numbers, wait=lambda: None):
 # apart without waiting after each of them, so the steps of their own do that.
 
 
-# %% our contestant on a GPU tags=["exporti"] module="bench.peers"
-def _on_gpu(model, batch, numbers, graph):
-    """The step and the facts of a model on a GPU."""
-    from llmnb.bench.clock import Clock, limits
-    from llmnb.gpu.toolkit import numba_cuda
+# %% our contestant tags=["exporti"] module="bench.peers"
+def llmnb_contestant(spec):
+    """A step of a GPT2 and its facts: two functions for `serve`.
 
-    wait = numba_cuda().synchronize
+    spec: a dict with model, batch_size, seq_len, backend, precision, on a
+    GPU graph, and perhaps in_backward. Raises NotImplementedError, saying
+    why, when the backend or the processor lacks the precision.
+    """
+    model, batch, numbers = _our_model(spec), random_batch(spec), count(1)
+    on_gpu, wait = spec["backend"] == "cuda", lambda: None
+    whole = spec.get("in_backward") or on_gpu and spec["graph"]
+    if on_gpu:
+        from llmnb.gpu.toolkit import numba_cuda
+
+        wait = numba_cuda().synchronize
 
     def step():
-        if graph:
-            loss, _ = model.step(*batch, step=next(numbers))
+        if whole:
+            loss = model.step(*batch, step=next(numbers))[0]
         else:
             loss = model.forward(*batch)
             model.backward()
-            model.clip_gradients(float("inf"))
+            if on_gpu:
+                model.clip_gradients(float("inf"))
             model.update(step=next(numbers))
         wait()
         return {"loss": loss}
 
     def facts():
         size = model.memory.nbytes
-        found = {"arena_bytes": size, "device_bytes": size}
-        found |= _our_facts("cuda") | limits(Clock())
-        return found if graph else found | _apart(model, batch, numbers, wait)
+        found = {"arena_bytes": size} | _our_facts(spec["backend"])
+        found |= {"device_bytes": size} if on_gpu else {}
+        return found if whole else found | _apart(model, batch, numbers, wait)
 
     return step, facts
+
+
+def _apart(model, batch, numbers, wait):
+    """What each layer takes, in steps of their own."""
+    from llmnb.bench.stopwatch import Stopwatch, timed_step
+
+    model.ops = Stopwatch(model.ops, wait)
+    steps = [timed_step(model, *batch, next(numbers)) for _ in range(3)]
+    return {"apart": steps}
 
 
 # %% our facts tags=["exporti"] module="bench.peers"
@@ -289,7 +275,7 @@ def version_of(name):
 
 
 def _our_facts(backend):
-    """Threads, versions, and for the cpu backend the peak of FMAs."""
+    """Threads, versions, and what a CPU's cores or a GPU can do at most."""
     import numba
 
     names = ["llmnb", "numpy", "numba"] + ["numba-cuda"] * (backend == "cuda")
@@ -299,6 +285,10 @@ def _our_facts(backend):
         from llmnb.bench.peak import fma_peak
 
         facts["fma_peak"] = float(fma_peak())
+    if backend == "cuda":
+        from llmnb.bench.clock import Clock, limits
+
+        facts |= limits(Clock())
     return facts
 
 

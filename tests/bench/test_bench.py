@@ -135,31 +135,14 @@ def test_the_peak_of_another_process_is_its_own():
     assert peers.peak_memory("nobody") is None
 
 
-def test_the_batch_is_the_same_for_all():
-    batch = peers.random_batch(SHAPE)
-    assert batch.shape == (2, 2, 16)
-    assert batch.min() >= 0 and batch.max() < CFG.vocab_size
-    np.testing.assert_array_equal(batch, peers.random_batch(SHAPE))
-
-
-def test_serve():
-    answers, numbers = [], iter([1.0, 2.0])
-    commands = io.StringIO("step\nstep 0\nfinish\nstep\n")
-    step, facts = lambda: {"loss": next(numbers)}, lambda: {"threads": 3}
-    peers.serve(step, facts, commands, answers.append)
-    assert [x.get("loss") for x in answers] == [1.0, 2.0, None]
-    assert all(x["seconds"] >= 0 for x in answers[:2])
-    assert answers[2]["threads"] == 3
-    assert answers[2]["cpu_seconds_a_wait"] >= 0
-    assert commands.read() == "step\n"
-
-
 def test_a_turn_is_filled_with_steps():
     answers, seconds = [], iter([0.75, 0.5, 2.0])
-    commands = io.StringIO("step 1\nstep 1\nfinish\n")
+    commands = io.StringIO("step 1\nstep 1\nfinish\nstep 1\n")
     step = lambda: {"seconds": next(seconds)}  # noqa: E731
     peers.serve(step, dict, commands, answers.append)
     assert [x.get("seconds") for x in answers] == [0.625, 2.0, None]
+    assert answers[2]["cpu_seconds_a_wait"] >= 0
+    assert commands.read() == "step 1\n"
 
 
 # processes
@@ -242,29 +225,21 @@ def test_a_precision_that_the_processor_lacks(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("said", "message"),
-    [(":", "me: ended with code 3"), ("echo 1; echo no Python", "me: no P")],
+    ("does", "patience", "message"),
+    [
+        ("exit 3", 60, "me: ended with code 3"),
+        ("exec >&2; echo 1; echo no Python; exit 3", 60, "me: no Python"),
+        ("exec sleep 60", 1, "me: gave no answer in 1 s"),
+    ],
 )
-def test_the_last_words_of_a_program_that_is_no_python(
-    said, message, tmp_path
-):
-    program = tmp_path / "python"
-    program.write_text(f"#!/bin/sh\nexec 1>&2\n{said}\nexit 3\n")
+def test_a_program_that_is_no_python(does, patience, message, tmp_path):
+    """It says its last words; it costs its own time, and nobody else's."""
+    program, start = tmp_path / "python", time.monotonic()
+    program.write_text(f"#!/bin/sh\n{does}\n")
     program.chmod(0o755)
-    spec = {**SHAPE, "kind": "torch"}
+    settings = Settings(torch_python=str(program), patience=patience)
     with pytest.raises(ChildProcessError, match=message):
-        race.Contestant("me", spec, Settings(torch_python=str(program)))
-
-
-def test_who_gives_no_answer_is_ended(tmp_path):
-    """It costs its own time, and not that of all who come after it."""
-    program = tmp_path / "python"
-    program.write_text("#!/bin/sh\nexec sleep 60\n")
-    program.chmod(0o755)
-    spec, how = {**SHAPE, "kind": "torch"}, {"torch_python": str(program)}
-    start = time.monotonic()
-    with pytest.raises(ChildProcessError, match="me: gave no answer in 1 s"):
-        race.Contestant("me", spec, Settings(patience=1.0, **how))
+        race.Contestant("me", {**SHAPE, "kind": "torch"}, settings)
     assert time.monotonic() - start < 30
 
 
@@ -470,36 +445,24 @@ def test_who_cannot_race(settings, error, message):
         lineup(Settings(**settings))
 
 
-def test_a_group_that_measures_nothing():
-    with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
-        bench_group(ALONE, TINY, FP32._replace(steps=0))
-
-
-def test_who_races_on_a_gpu():
-    against = "torch", "torch-tf32", "torch-compile-tf32"
-    specs = lineup(Settings(("fp32", "tf32"), against, backend="cuda"))
-    ours = [f"llmnb {p}{end}" for p in ("fp32", "tf32")
-            for end in ("", ", no graph")]  # fmt: skip
-    assert [*specs] == [*ours, *against]
-    assert [specs[x]["graph"] for x in ours] == [True, False] * 2
-    assert specs["torch-compile-tf32"] == {
-        "kind": "torch", "device": "cuda",
-        "compile": True, "bf16": False, "tf32": True,
-    }  # fmt: skip
-
-
 def test_who_races(train_gpt2):
     against = "torch-bf16", "torch", f"llmc={train_gpt2}"
-    specs = lineup(Settings(("fp32", "bf16"), against))
-    ours = ["llmnb fp32", "llmnb bf16"]
+    specs = lineup(Settings(("fp32",), against, in_backward=True))
+    ours = ["llmnb fp32", "llmnb fp32, in backward"]
     assert [*specs] == [*ours, "torch-bf16", "torch", "llm.c"]
     plain = {"kind": "torch", "device": "cpu", "compile": False}
     plain |= {"bf16": False, "tf32": False}
     assert specs["torch"] == plain
     assert specs["torch-bf16"] == plain | {"bf16": True}
     assert specs["llm.c"] == {"kind": "llmc", "path": str(train_gpt2)}
-    lean = lineup(Settings(("fp32",), in_backward=True))
-    assert [*lean] == ["llmnb fp32", "llmnb fp32, in backward"]
+    against = "torch", "torch-compile-tf32"
+    specs = lineup(Settings(("fp32", "tf32"), against, backend="cuda"))
+    ours = [f"llmnb {x}" for x in ("fp32", "fp32, no graph", "tf32",
+                                   "tf32, no graph")]  # fmt: skip
+    assert [*specs] == [*ours, *against]
+    assert [specs[x]["graph"] for x in ours] == [True, False] * 2
+    there = plain | {"device": "cuda", "compile": True, "tf32": True}
+    assert specs["torch-compile-tf32"] == there
 
 
 def test_torch_is_told_where_and_how(monkeypatch):
@@ -550,64 +513,72 @@ def test_ratios_are_taken_within_rounds():
     assert ratios(rows[:1], "x") == ratios(rows) == []
 
 
-def test_starts(monkeypatch):
-    """Each start has a process of its own, the cold ones an empty cache."""
-    seen = []
+@pytest.fixture
+def made_up(monkeypatch, tmp_path):
+    """Contestants that are made up: what they did, and when one fails.
 
-    class Runner:
-        def __init__(self, name, spec, settings, cache):
-            folder = Path(cache)
-            seen.append((name, [x.name for x in folder.iterdir()]))
-            (folder / "kernel").write_text("x")
+    log: who starts, and what it finds compiled; who is closed. fails: from
+    which of all its steps on, by name.
+    """
+    log, steps, fails = [], Counter(), {}
 
-        def step(self):
-            seen.append("step")
+    class Contestant:
+        def __init__(self, name, spec, settings, cache=tmp_path):
+            self.name, kept = name, Path(cache, "kernel")
+            log.append(f"start {name}{', warm' * kept.exists()}")
+            if cache is not tmp_path:
+                kept.touch()
+
+        def step(self, turn=0):
+            steps[self.name] += 1
+            if steps[self.name] >= fails.get(self.name, 99):
+                raise ChildProcessError(f"{self.name}: out of memory")
+            return {"seconds": 1.0}
+
+        def finish(self):
+            return {"peak_bytes": 7}
 
         def close(self):
-            seen.append("closed")
+            log.append(f"close {self.name}")
 
-    monkeypatch.setattr(race, "Contestant", Runner)
-    monkeypatch.setattr(race, "STARTS", 2)
+    monkeypatch.setattr(race, "Contestant", Contestant)
+    monkeypatch.setattr(race, "PAUSE", 0)
+    return SimpleNamespace(log=log, fails=fails)
+
+
+def test_starts(made_up):
+    """Each start has a process of its own, the cold ones an empty cache."""
     also = f"llmc={sys.executable}"  # which has nothing to compile
     settings = FP32._replace(against=(also,))
-    contest = bench({}, settings, start=True)["contests"][0]
+    (contest,) = bench({}, settings, start=True)["contests"]
     (row,) = contest["contestants"]
-    once = [("llmnb fp32", []), "step", "closed"]
-    once += [("llmnb fp32", ["kernel"]), "step", "closed"]
-    assert seen == once * 2
-    assert row["name"] == "llmnb fp32"
-    assert len(row["cold"]) == len(row["warm"]) == 2
+    name, end = "llmnb fp32", "close llmnb fp32"
+    once = [f"start {name}", end, f"start {name}, warm", end]
+    assert made_up.log == once * race.STARTS
+    assert row["name"] == name
+    assert len(row["cold"]) == len(row["warm"]) == race.STARTS
 
 
 @pytest.mark.parametrize("last", [1, 3])
-def test_who_does_not_start_stops_nobody(last, monkeypatch):
+def test_who_does_not_start_stops_nobody(last, made_up):
     """Whether it fails at its first step, or at one of a later start."""
-    made = Counter()
-
-    class Runner:
-        def __init__(self, name, spec, settings, cache):
-            self.name = name
-
-        def step(self):
-            made[self.name] += 1
-            if self.name == "a" and made["a"] >= last:
-                raise ChildProcessError("a: out of memory")
-
-        def close(self):
-            pass
-
-    monkeypatch.setattr(race, "Contestant", Runner)
+    made_up.fails["a"] = last
     a, b = race.race_starts({"a": {}, "b": {}}, Settings())
     assert a == {"name": "a", "unmeasured": "a: out of memory"}
     assert len(b["cold"]) == len(b["warm"]) == race.STARTS
 
 
-def test_a_real_start(monkeypatch):
-    monkeypatch.setattr(race, "STARTS", 1)
-    contest = bench({}, REFERENCE, start=True)["contests"][0]
-    fp32, bf16 = contest["contestants"]
-    assert 0 < fp32["warm"][0] < 60 and 0 < fp32["cold"][0] < 60
-    assert "needs the backend 'cpu'" in bf16["unmeasured"]
+@pytest.mark.parametrize("backend", ["cpu", "cuda"])
+def test_who_ends_in_the_race_stops_nobody(backend, made_up):
+    """On a GPU each is alone in memory: one is closed before the next."""
+    made_up.fails["a"] = 2
+    settings = Settings(backend=backend)
+    assert race.race({"a": {}, "b": {}}, 3, settings) == [
+        {"name": "a", "unmeasured": "a: out of memory"},
+        {"name": "b", "seconds": [1.0] * 3, "peak_bytes": 7},
+    ]
+    alone = ["start a", "close a", "start b", "close b"]
+    assert (made_up.log == alone) is (backend == "cuda")
 
 
 # the result
@@ -805,12 +776,9 @@ class OnGpu(GPT2):
     def clip_gradients(self, max_norm):
         self.log.append(("clip", max_norm))
 
-    def step(self, tokens, targets, step):
+    def step(self, *batch, step):
         self.log.append(("step", step))
-        loss = self.forward(tokens, targets)
-        self.backward()
-        self.update(step=step)
-        return loss, 1.0
+        return super().step(*batch, step=step)
 
 
 @pytest.fixture
@@ -826,7 +794,6 @@ def gpu(monkeypatch):
         (clock, "gpu_facts", lambda: {"name": "Nothing 1"}),
         (clock, "Clock", lambda: "clock"),
         (clock, "limits", lambda clock: {"fma_peak": 9.0}),
-        (peers, "_our_facts", lambda backend: {"for": backend}),
         (gpt2, "GPT2", OnGpu),
     ):
         monkeypatch.setattr(place, name, what, raising=False)
@@ -848,7 +815,7 @@ def test_our_contestant_on_a_gpu(gpu, graph):
         own = ("step", number) if graph else ("clip", math.inf)
         assert gpu == [own, "synchronize"]  # before the clock is read
     found = facts()
-    assert found["for"] == "cuda" and found["fma_peak"] == 9.0
+    assert found["threads"] and found["fma_peak"] == 9.0
     assert found["device_bytes"] == found["arena_bytes"] > 1e5
     assert ("apart" in found) is not graph
     if not graph:
@@ -1032,55 +999,23 @@ def test_writers_where_there_are_no_transformers(tmp_path):
         module.bench_writers(CFG, 5, 6, how)
 
 
-@pytest.mark.parametrize("name", ["steps", "threads"])
-def test_writers_of_nothing(name, monkeypatch):
-    monkeypatch.delattr(module, "race")  # nobody is started
-    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
-        module.bench_writers(CFG, 5, 6, Settings()._replace(**{name: 0}))
-
-
-@pytest.mark.parametrize("name", ["steps", "threads"])
-def test_a_group_of_nothing(name):
-    settings = Settings()._replace(**{name: 0})
-    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
-        bench_group(ALONE, {"tiny": (CFG, 1, 8)}, settings)
+@pytest.mark.parametrize(
+    "measure",
+    [
+        lambda settings: bench(TINY, settings),
+        lambda settings: module.bench_writers(CFG, 5, 6, settings),
+        lambda settings: bench_group(ALONE, TINY, settings),
+    ],
+)
+def test_a_mistake_is_found_before_anyone_starts(measure, monkeypatch):
+    monkeypatch.delattr(module, "race")
+    for name in ("steps", "threads"):
+        says = f"{name} must be at least 1, got 0"
+        with pytest.raises(ValueError, match=says):
+            measure(Settings()._replace(**{name: 0}))
 
 
 @pytest.mark.parametrize("sizes", [(0, 4), (4, 1), (10, 7)])
 def test_writers_that_do_not_fit(sizes):
     with pytest.raises(ValueError, match="together at most 16"):
         module.bench_writers(CFG, *sizes)
-
-
-def test_who_ends_in_the_race_stops_nobody(monkeypatch):
-    """On a GPU each is alone in memory: one is closed before the next."""
-    log = []
-
-    class Made:
-        def __init__(self, name, spec, settings):
-            log.append(f"start {name}")
-            self.name, self.left = name, spec["rounds"]
-
-        def step(self, turn):
-            self.left -= 1
-            if self.left < 0:
-                raise ChildProcessError(f"{self.name}: out of memory")
-            return {"seconds": 1.0}
-
-        def finish(self):
-            return {"peak_bytes": 7}
-
-        def close(self):
-            log.append(f"close {self.name}")
-
-    monkeypatch.setattr(race, "Contestant", Made)
-    monkeypatch.setattr(race, "PAUSE", 0)
-    specs = {"a": {"rounds": 1}, "b": {"rounds": 3}}
-    for backend in ("cpu", "cuda"):
-        log.clear()
-        assert race.race(specs, 3, Settings(backend=backend)) == [
-            {"name": "a", "unmeasured": "a: out of memory"},
-            {"name": "b", "seconds": [1.0] * 3, "peak_bytes": 7},
-        ]
-        alone = ["start a", "close a", "start b", "close b"]
-        assert (log == alone) is (backend == "cuda")
