@@ -120,9 +120,10 @@ class Contestant:
         watch.start()
         try:
             line = self._process.stdout.readline()
+            words = "" if line else self._last_words()
         finally:
             watch.cancel()
-        answer = json.loads(line) if line else {"error": self._last_words()}
+        answer = json.loads(line) if line else {"error": words}
         if "unmeasured" in answer:
             raise NotImplementedError(answer["unmeasured"])
         if "error" in answer:

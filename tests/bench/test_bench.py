@@ -230,6 +230,7 @@ def test_a_precision_that_the_processor_lacks(monkeypatch):
         ("exit 3", 60, "me: ended with code 3"),
         ("exec >&2; echo 1; echo no Python; exit 3", 60, "me: no Python"),
         ("exec sleep 60", 1, "me: gave no answer in 1 s"),
+        ("exec >&2; exec sleep 60", 1, "me: gave no answer in 1 s"),
     ],
 )
 def test_a_program_that_is_no_python(does, patience, message, tmp_path):
