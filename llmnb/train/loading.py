@@ -5,11 +5,10 @@
 __all__ = ["load"]
 
 
-# imports of the loading
+# one door
 from llmnb.model.gpt2 import GPT2
 
 
-# one door
 def load(
     path, batch_size=1, seq_len=None, backend="cpu", precision="fp32",
     tokens=None,

@@ -23,12 +23,10 @@
 #
 # ## Where we are
 #
-# [Chapter 5.5](05_architectures.ipynb) computes what Llama and its relatives
-# compute. Their weights come as a folder: a `config.json`, and one or several
-# safetensors files. Reading it *wrongly*
-# is easy: a setting passed over changes what is computed, and nothing crashes. So
-# this chapter refuses each value with which we would not compute what the file's
-# makers do. At the end you can
+# The weights of a Llama or a relative come as a folder: a `config.json`, and one or
+# several safetensors files. Reading it *wrongly* is easy: a setting passed over
+# changes what is computed, and nothing crashes. So this chapter refuses each value
+# with which we would not compute what the file's makers do. At the end you can
 #
 # - read both styles of a config.json, and say what each setting changes;
 # - find the rows of our arrays that a published tensor fills;
@@ -36,18 +34,10 @@
 #
 # ## A configuration a family
 #
-# What a user sets is a field, what makes a family itself an attribute of the class
-# (chapter 5.5). All inherit Llama's fields and checks, and each says only what it
-# has of its own.
-#
-# To GPT-2's five numbers `LlamaConfig` adds the heads of keys, the size of a head
-# and the hidden width. Left out, they are as many as the heads of queries, $C/NH$,
-# and $\frac83 C$ up to a multiple of 64. Then come the rotation's base and
-# stretching, $\epsilon$, the tied table, the window, the scale of scores and
-# the caps. A file may come from a stranger, so each number is checked when the
-# configuration is made: whole numbers are positive and below $2^{31}$, heads of
-# keys divide those of queries, and a head has an even number of channels, for they
-# turn in pairs.
+# All inherit Llama's fields and checks, and each says only what it has of its own.
+# A file may come from a stranger, so each number is checked when the configuration
+# is made: whole numbers are positive and below $2^{31}$, heads of keys divide those
+# of queries, and a head has an even number of channels, for they turn in pairs.
 
 # %% imports of the architectures tags=["export"] module="model.architectures"
 import sys
@@ -186,18 +176,7 @@ class LlamaConfig(GPT2Config):
 
 
 # %% [markdown]
-# What the others add to a Llama is said in a few lines each:
-#
-# - **Mistral** adds nothing; the first of them had a window.
-# - **Qwen 3** has norms of queries and keys, the base 1,000,000 and
-#   $\epsilon = 10^{-6}$.
-# - **Gemma** has GeGLU, norms by $1 + w$, token vectors times $\sqrt C$, a tied
-#   table, and that $\epsilon$ too.
-# - **Gemma 2** is a Gemma with norms after each half, caps of 50 and 30, and
-#   a window of 4,096 in every other block.
-# - **Gemma 3** is a Gemma with norms of queries and keys and after each half. Five
-#   blocks of six have a window of 512 and the base 10,000, the sixth has no
-#   window and the base 1,000,000.
+# The others are a few lines each, as the table of chapter 5.5 says:
 
 
 # %% its relatives tags=["export", "fold-input"] module="model.architectures"
@@ -261,9 +240,8 @@ class Gemma3Config(GemmaConfig):
 
 # %% [markdown]
 # A checkpoint of ours holds its configuration as a *record*, a dict of the fields
-# and the family's name, so that it is enough to build the model again. GPT-2's record
-# names no family, as in the days when there was one only: old files stay readable.
-# Shapes that have been published have names too, in `PRESETS`.
+# and the family's name. GPT-2's names no family, as in the days when there was one
+# only: old files stay readable. Published shapes have names too, in `PRESETS`.
 
 # %% by their names tags=["export"] module="model.architectures"
 ARCHITECTURES = {
@@ -351,9 +329,8 @@ PRESETS = {
 # | base of short looks | `rope_local_base_freq` | `rope_parameters.sliding_attention.rope_theta` |
 # | which blocks look back a window | `sliding_window_pattern`, or the family's habit | `layer_types` |
 #
-# A file names much else. Most of it changes no result, such as how the first weights
-# were drawn, and is passed over. The settings that change one, and for which we have
-# one value only, stand in a table, and any other value is refused.
+# What changes no result, such as how the first weights were drawn, is passed over. The
+# settings that do, and for which we have one value only, stand in a table.
 
 # %% imports of the families tags=["export"] module="formats.families"
 import json
@@ -414,10 +391,8 @@ _NEEDED = (
 )  # fmt: skip
 
 # %% [markdown]
-# `_Description` holds a file's path and values, so that each complaint can name
-# both. `described_config` asks in order: is the family ours, are the fixed
-# settings as we compute, is the activation; then it translates the names, and the
-# class checks the numbers.
+# `described_config` asks for the family, the fixed settings and the activation; then it
+# translates the names, and the class checks the numbers.
 
 
 # %% a description, read tags=["export"] module="formats.families"
@@ -489,10 +464,9 @@ def described_config(path):
 
 
 # %% [markdown]
-# The rotation: `_rope` looks for the newer style first and then for the older names,
-# and hands the object that names a stretching to `_scaling`, which knows the two of
-# chapter 5.2. A third, YaRN for one, is refused by its name. So is a stretching of the
-# blocks with a window, for no published model has one and ours would not compute it.
+# The rotation: the newer style first, then the older names. `_scaling` knows the two
+# stretchings of chapter 5.2; a third, YaRN for one, is refused by its name. So is one of
+# the blocks with a window, which no published model has and ours would not compute.
 
 
 # %% rotary settings of both styles tags=["exporti", "fold-input"] module="formats.families"
@@ -549,11 +523,10 @@ def _scaling(said, part):
 
 
 # %% [markdown]
-# Windows. A list of kinds becomes one number, "of so many blocks the last is whole",
-# and is compared with what that number means: an irregular list is refused, not
-# rounded. And `_scale` reads `query_pre_attn_scalar`, whose root Gemma 2 and 3
-# divide scores by in place of that of the head's size. Where a file leaves out the one
-# or the other, `transformers` takes 4,096 and 256, and so do we.
+# A list of kinds becomes one number, "of so many blocks the last is whole"; an
+# irregular one is refused. `_scale` reads `query_pre_attn_scalar`, whose root Gemma 2
+# and 3 divide scores by in place of that of the head's size. Where a file leaves out
+# window or scalar, `transformers` takes 4,096 and 256, and so do we.
 
 
 # %% windows of both styles tags=["exporti", "fold-input"] module="formats.families"
@@ -595,10 +568,12 @@ def _scale(said, made):
 
 
 # %% [markdown]
-# A small Gemma 3, described once in the older style and once in the newer:
+# A small Gemma 3 in both styles:
 
 # %% both styles say the same
 import tempfile
+
+from llmnb.book.verify import verdict
 
 room = tempfile.TemporaryDirectory()
 base = {
@@ -627,11 +602,11 @@ def described(**settings):
 
 one, two = described(**older), described(**newer)
 print(f"{one.window} positions, whole every {one.global_every}")
-print("the same:", one == two)
+verdict("both styles", one == two, "say the same")
 
 # %% [markdown]
-# And what is refused: a family that is none of ours, a bias, a stretching that is
-# neither of the two, and blocks of which the first of two sees all, and not the last.
+# Refused are another family, a bias, a stretching that is neither of the two, and
+# blocks of which the first of two sees all, and not the last.
 
 # %% what is refused tags=["fold-input"]
 bad = (
@@ -642,7 +617,7 @@ bad = (
 )
 for settings in bad:
     try:
-        print("read, though it should not be:", described(**settings))
+        verdict(f"{described(**settings)}", False, "is refused")
     except ValueError as error:
         print(str(error).replace(room.name, "FOLDER"))
 
@@ -698,14 +673,12 @@ def family_description(cfg):
 # %% [markdown]
 # ## Pieces
 #
-# Our `qkvw` of a block is one matrix, $(NH + 2\,NKV)\, hs$ rows; published are three.
-# Rows lie one after the other in memory, so a published tensor is a slice of
-# rows, a view, and reading is one copy into place. The `pieces` of
-# [chapter 4.4](../4_practice/04_published.ipynb) say which. A vocabulary fills the
-# first rows of its padded table, and nothing else is special. Figure 5.5.2 draws it.
-# To write is the same way back, and so `write_folder` writes every family. For the
-# matrices of the second block of a small Llama, the published name, our
-# array and the rows in it:
+# Our `qkvw` of a block is one matrix, $(NH + 2\,NKV)\, hs$ rows; published are three
+# (figure 5.5.2). Rows lie one after the other in memory, so a published tensor is a
+# slice of rows, a view, and reading is one copy into place. The `pieces` of
+# [chapter 4.4](../4_practice/04_published.ipynb) say which, and `write_folder` goes the
+# same way back for every family. For the matrices of the second block of a small
+# Llama, the published name, our array and the rows in it:
 
 # %% the pieces of a block tags=["fold-input"]
 cfg = LlamaConfig(64, 100, 2, 4, 32, num_kv_heads=2, hidden=48)
@@ -716,15 +689,13 @@ for name, x in pieces(cfg).items():
 # %% [markdown]
 # ## Read, after everything has been checked
 #
-# A header of a safetensors file holds names, shapes and types. So all of it is
-# compared before memory is taken and before a byte of weights is read: each
-# tensor there, none too many, each of the right shape. Too many counts as an
-# error too: a bias that we passed over would be a model that we do not compute.
-# `open_family` returns the configuration and a function that fills; in between the
-# caller decides how much memory it wants. Two tensors may be there without need. Old
-# files hold the rotation's frequencies, which the configuration gives. And a tied
-# model's file may hold the table of tokens once more, as `lm_head.weight`; it is
-# compared with the table and must be equal.
+# A header of a safetensors file holds names, shapes and types. So all is compared
+# before memory is taken and before a byte of weights is read: each tensor there, each
+# of the right shape, and none too many, for a bias that we passed over would be a model
+# that we do not compute. `open_family` returns the configuration and a function that
+# fills; in between the caller decides how much memory it wants. Two tensors may be
+# there without need: in old files the rotation's frequencies, which the configuration
+# gives, and `lm_head.weight`, which must equal the table that it is tied to.
 
 # %% check all tensors tags=["exporti", "fold-input"] module="formats.families"
 # old files hold the frequencies of the rotation, which the config gives
@@ -778,7 +749,6 @@ def open_family(path):
 
 
 # %% written and read back
-from llmnb.book.verify import verdict
 from llmnb.formats.checkpoint import write_folder
 from llmnb.formats.safetensors import write_tensors
 from llmnb.model.gpt2 import GPT2
@@ -795,8 +765,7 @@ alike = vars(found) == vars(cfg)
 verdict("weights", alike and all(same), "come back, bit for bit")
 
 # %% [markdown]
-# Then the config.json beside it is made to say four heads of keys in place of two,
-# and the folder is opened again:
+# Then its config.json is made to say four heads of keys in place of two:
 
 # %% a shape that is not the described one tags=["fold-input"]
 tensors = {name: x.of(model.params) for name, x in pieces(cfg).items()}
@@ -805,6 +774,7 @@ described, said = folder / "config.json", family_description(cfg)
 described.write_text(json.dumps(said | {"num_key_value_heads": 4}), "utf-8")
 try:
     open_family(folder / "model.safetensors")
+    verdict("four heads", False, "is refused")
 except ValueError as error:
     print(str(error).replace(room.name, "FOLDER"))
 _ = described.write_text(json.dumps(said), "utf-8")
@@ -812,14 +782,12 @@ _ = described.write_text(json.dumps(said), "utf-8")
 # %% [markdown]
 # ## One door
 #
-# A user has a path and does not want to say what it is. `llmnb.load` looks:
-# a file's ending and its first bytes, a folder's contents, a config's family.
+# What a path holds is told by its ending and first bytes, or by a folder's contents.
 
-# %% imports of the loading tags=["export"] module="train.loading"
+# %% one door tags=["export"] module="train.loading"
 from llmnb.model.gpt2 import GPT2
 
 
-# %% one door tags=["export"] module="train.loading"
 def load(
     path, batch_size=1, seq_len=None, backend="cpu", precision="fp32",
     tokens=None,
@@ -854,7 +822,7 @@ verdict("logits", np.array_equal(loaded.logits, model.logits), "the same bits")
 # `tests/model/test_families.py` holds small models against `transformers`:
 # logits, gradients and ten steps of training, read and written both ways.
 #
-# ## Exercise
+# ## Exercises
 #
 # **1** (★). Which published tensors of a tied model with norms of queries and keys
 # has a plain Llama not, and the other way round?
@@ -866,19 +834,53 @@ verdict("logits", np.array_equal(loaded.logits, model.logits), "the same bits")
 # :::
 
 # %% exercise 1, checked tags=["hide-cell"]
-how = {"num_kv_heads": 2, "hidden": 48}
-plain = set(pieces(LlamaConfig(64, 100, 1, 4, 32, **how)))
-normed = set(pieces(Qwen3Config(64, 100, 1, 4, 32, tied=True, **how)))
+plain = set(pieces(LlamaConfig(64, 100, 1, 4, 32)))
+normed = set(pieces(Qwen3Config(64, 100, 1, 4, 32, tied=True)))
 attention = "model.layers.0.self_attn."
 norms = {attention + "q_norm.weight", attention + "k_norm.weight"}
 verdict("only Qwen 3", normed - plain == norms, "q_norm and k_norm")
 verdict("only Llama", plain - normed == {"lm_head.weight"}, "lm_head")
 
 # %% [markdown]
+# **2** (★★). A large model lies in several files, and an index beside them,
+# `model.safetensors.index.json`, says under `weight_map` in which file each tensor
+# is. Write `split(tensors, place)`, which puts published tensors into two files, half
+# of the bytes in each but for one tensor, and an index.
+#
+# :::{admonition} Solution to exercise 2
+# :class: dropdown
+# The first file is filled until half of the bytes are in it, and then the second.
+# :::
+
+
+# %% exercise 2, two files tags=["hide-cell"]
+def split(tensors, place):
+    half, done = sum(x.nbytes for x in tensors.values()) / 2, 0
+    parts, where = {f"model-{n}-of-2.safetensors": {} for n in (1, 2)}, {}
+    for name, x in tensors.items():
+        where[name] = [*parts][done >= half]
+        parts[where[name]][name] = x
+        done += x.nbytes
+    for file, part in parts.items():
+        write_tensors(place / file, part, {"format": "pt"})
+    index = place / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": where}), "utf-8")
+
+
+# %% exercise 2, checked
+(two := Path(room.name) / "two").mkdir()
+(two / "config.json").write_text(json.dumps(said), "utf-8")
+split(tensors, two)
+loaded = llmnb.load(two, 1, 8, "reference")
+loaded.forward(tokens)
+verdict("logits", np.array_equal(loaded.logits, model.logits), "the same bits")
+one, other = (x.stat().st_size for x in two.glob("*.safetensors"))
+verdict("halves", abs(one - other) < 30_000, "but for a tensor")
+
+# %% [markdown]
 # ## Take away
 #
-# - A setting that is passed over can be a wrong model; a value with which we do not
-#   compute is refused.
+# - A setting passed over can be a wrong model; what we do not compute is refused.
 # - A published tensor is a slice of rows of ours, and reading is a copy.
 # - Everything is checked from headers, before memory is taken.
 #
