@@ -166,6 +166,7 @@ def rope_table(length, hs, theta, scaling=None):
 
 # %% a clock of four hands, by its table
 turns = rope_frequencies(8, 10000.0)
+verdict("(5.2.5)", np.allclose(turns, [1, 0.1, 0.01, 0.001]), "four hands")
 print("frequencies:", *[f"{x:g}" for x in turns])
 print("places for a whole turn:", *[f"{2 * math.pi / x:.0f}" for x in turns])
 small = rope_table(3, 8, 10000.0)
@@ -570,6 +571,9 @@ plain = rope_frequencies(128, 500000.0)
 scaled = rope_frequencies(128, 500000.0, ("llama3", 8.0, 1.0, 4.0, 8192))
 kept, divided = scaled == plain, np.isclose(scaled, plain / 8)
 print(f"of {len(plain)} pairs {kept.sum()} stay, {divided.sum()} are divided")
+rounds = 8192 * plain / (2 * math.pi)  # M / lambda
+blend = np.interp(rounds, (1, 4), (1 / 8, 1))  # 1/8 below 1, 1 from 4 on
+compare("(5.2.10)", scaled / plain, blend, tol=1e-12)
 
 # %% draw it tags=["hide-input"]
 fig, ax = plt.subplots(figsize=(7.6, 2.6), dpi=100)
@@ -735,6 +739,21 @@ def rotary_backward(dx, table, heads, first=0):
     """Turn the gradients back, in place; arguments: as rotary_forward."""
     _turn_pairs("rotary_backward", dx, table, heads, first, -1)
 
+
+# %% both ways, on a simulated GPU tags=["fold-input"]
+from llmnb import cuda as on_gpu
+from llmnb.gpu.launch import simulated, to_host
+from llmnb.gpu.simulator import watch
+
+x = rng.normal(size=(2, 9, 7 * 10)).astype("f4")
+table = rope_table(11, 10, 10000.0).astype("f4")
+there, angles = simulated(x), simulated(table)
+with watch():
+    on_gpu.rotary_forward(there, angles, heads=5, first=2)
+want = turned(reference, x, table)[0]
+compare("GPU, forward", to_host(there), want, tol=2e-6)
+on_gpu.rotary_backward(there, angles, heads=5, first=2)
+compare("GPU, and back", to_host(there), x, tol=2e-6)
 
 # %% [markdown]
 # ## Exercises
