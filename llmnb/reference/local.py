@@ -32,10 +32,10 @@ def check_rule(layer, window, scale, softcap):
 
 
 def _local_scores(q, k, window, scale, softcap):
-    """Scores, and their slope by the scaled products; what is unseen: -inf.
+    """Scores, and their slope by the products; what is unseen: -inf.
 
     q, k: (..., T, hs). window: a query sees itself and the window - 1 keys
-    before it; None is all. The slope is 1 where there is no soft cap.
+    before it; None is all. The slope is the scale if there is no soft cap.
     """
     T, hs = q.shape[-2:]
     number = q.dtype.type

@@ -26,8 +26,8 @@
 #
 # ## Where we are
 #
-# Attention computes today what it computed in GPT-2. Five things around it are new, and
-# each answers to a trouble that came with size. At the end of this chapter you can
+# Attention computes what it computed in GPT-2. Five things around it are new, each
+# against a trouble that came with size. At the end of this chapter you can
 #
 # - count the cache of a model, and say what sharing keys saves of it;
 # - say how far a stack of blocks sees of which each looks back a window;
@@ -79,26 +79,22 @@ for name, (L, NH, NKV, hs) in models.items():
 #
 # So let several heads of queries read the same keys and values. These are *grouped
 # queries*, GQA; with one head of keys for all they are called *multi-query*, MQA. [Chapter
-# 1.8](../1_by_hand/08_attention.ipynb) has written attention for any $NKV$ that divides
-# $NH$, and so have all kernels since. Head $h$ of the queries reads head $\lfloor h
-# \cdot NKV / NH \rfloor$ of the keys, neighbours share. Backward, a key that several
-# heads read gets the sum of what each would give it, (1.8.10) over its group.
+# 1.8](../1_by_hand/08_attention.ipynb) has it for any $NKV$ that divides $NH$. Head $h$
+# of the queries reads head $\lfloor h \cdot NKV / NH \rfloor$ of the keys. Backward, a key
+# that several heads read gets the sum of what each would give it, (1.8.10).
 
 
 # %% heads and the keys that they read tags=["hide-input"]
 def draw_heads(ax, NH, NKV):
-    look = {"ec": "white", "lw": 2}
+    box = partial(plt.Rectangle, width=1, height=0.7, ec="white", lw=2)
     for h in range(NH):
-        box = plt.Rectangle((h, 1.6), 1, 0.7, fc=PALETTE["blue"], **look)
-        ax.add_patch(box)
+        ax.add_patch(box((h, 1.6), fc=PALETTE["blue"]))
         middle = (h * NKV // NH + 0.5) * NH / NKV
         ax.plot((h + 0.5, middle), (1.6, 0.7), color=PALETTE["grey"])
     for h in range(NKV):
         place = (h + 0.5) * NH / NKV - 0.5
-        for low, colour in ((0, "orange"), (-0.7, "green")):
-            at = place, low
-            box = plt.Rectangle(at, 1, 0.7, fc=PALETTE[colour], **look)
-            ax.add_patch(box)
+        ax.add_patch(box((place, 0), fc=PALETTE["orange"]))
+        ax.add_patch(box((place, -0.7), fc=PALETTE["green"]))
     ax.set(xlim=(0, NH), ylim=(-0.8, 2.4), aspect="equal")
     ax.set_title(f"NH = {NH}, NKV = {NKV}", size=10)
     ax.axis("off")
@@ -111,9 +107,8 @@ fig.tight_layout()
 plt.show()
 
 # %% [markdown]
-# *Figure 5.4.1. Queries (blue) and the keys and values (orange, green) that they
-# read. Only the lower two rows are kept in a cache: with two heads of keys for six
-# of queries it is a third, with one a sixth.*
+# *Figure 5.4.1. Queries (blue) and the keys and values (orange, green) that they read.
+# Only the lower two rows are kept in a cache: all, a third, a sixth.*
 #
 # ## A sliding window
 #
@@ -164,15 +159,13 @@ plt.show()
 
 # %% [markdown]
 # *Figure 5.4.2. What a position reads with a window of 3: by itself (orange) and
-# through earlier blocks (blue). Three blocks see seven positions, and each of
-# them computes a band.*
+# through earlier blocks (blue). Three blocks see seven positions.*
 #
 # ## Scores that run away
 #
-# A softmax compares scores by their differences. Let all queries of a head grow, and
-# soon one weight is 1 and the others are 0. Then $a\,(1 - a)$ is 0 for all of them, by
-# (1.8.8) no gradient comes back, and nothing in the loss pulls the queries down again.
-# Watch one query's largest weight as it and its 20 keys grow, plain and with two remedies:
+# Let all queries of a head grow, and soon one weight is 1 and the others are 0. Then
+# $a\,(1 - a)$ is 0 for all, by (1.8.8) no gradient comes back, and nothing pulls the
+# queries down again. Watch the largest weight as a query and its 20 keys grow:
 
 
 # %% queries that grow
@@ -230,10 +223,9 @@ verdict("norms", np.allclose(runs["norms"], runs["norms"][0]), "do not see it")
 #
 # $ds_{tu}$ is (1.8.8), and in (1.8.10) $d\tilde s_{tu}$ takes its place. So a cap is no
 # cure for a gradient that has died: where a score is near $c$, its slope is near 0 as
-# well. In the last column of the table every positive score has come there, and they
-# share the weight alike. What a cap gives is that a few scores which run ahead stop at
-# $c$, and the others still count. The mask comes after the cap: $c \tanh(-\infty / c)$
-# would be $-c$, and the future visible.
+# well; in the last column of the table every positive score has come there. What a cap
+# gives is that a few scores which run ahead stop at $c$, and the others still count.
+# The mask comes after the cap: $c \tanh(-\infty / c)$ would be $-c$, the future visible.
 #
 # ### Norms of queries and keys
 #
@@ -305,10 +297,10 @@ def check_rule(layer, window, scale, softcap):
 
 
 def _local_scores(q, k, window, scale, softcap):
-    """Scores, and their slope by the scaled products; what is unseen: -inf.
+    """Scores, and their slope by the products; what is unseen: -inf.
 
     q, k: (..., T, hs). window: a query sees itself and the window - 1 keys
-    before it; None is all. The slope is 1 where there is no soft cap.
+    before it; None is all. The slope is the scale if there is no soft cap.
     """
     T, hs = q.shape[-2:]
     number = q.dtype.type
@@ -353,8 +345,7 @@ def local_attention_forward(
 # %% [markdown]
 # ## Backward
 #
-# (1.8.5) to (1.8.10) with the slope in between. What is not seen has the weight 0,
-# and so the gradient 0.
+# (1.8.5) to (1.8.10) with the slope in between. What is not seen has the gradient 0.
 
 
 # %% attention with a window, backward tags=["export"] module="reference.local"
@@ -388,8 +379,7 @@ def local_attention_backward(
 
 
 # %% [markdown]
-# The norms of heads are (5.4.7) and (5.4.9). Backward works in place: the gradient
-# of the output is not needed any more.
+# The norms of heads are (5.4.7) and (5.4.9); backward works in place.
 
 
 # %% which heads have norms tags=["exporti"] module="reference.local"
@@ -502,7 +492,8 @@ def capped_crossentropy_backward(
 # ## Proof
 #
 # Central differences in float64, $h = 10^{-5}$, tolerance $10^{-8}$: four heads of
-# queries with two of keys; a window, a scale and a cap that bends these scores.
+# queries with two of keys; a window, a scale and a cap that bends these scores. Then
+# the norms of heads, and logits with a cap, one of their five columns padding.
 
 # %% attention against central differences
 NH, NKV, hs, T = 4, 2, 3, 7
@@ -529,27 +520,51 @@ for rule in rules:
     name = ", ".join(rule)
     compare(name, gradient(rule), want, tol=1e-8)
 
-# %% the norms of heads, and the capped logits
+# %% the norms of heads
 weights, rstd = rng.normal(size=(2, hs)), np.empty((2, T, NH + NKV))
 normed, up = np.empty_like(inp), rng.normal(size=inp.shape)
 
 
 def norm_loss():
-    headnorm_forward(normed, rstd, inp, *weights)
+    headnorm_forward(normed, rstd, inp, *weights, offset=1.0)
     return (up * normed).sum()
 
 
 norm_loss()
+q = inp.reshape(2, T, -1, hs)[:, :, :NH]
+hat = q / np.sqrt((q**2).mean(axis=-1, keepdims=True) + 1e-6)
+by_hand = (hat * (1 + weights[0])).reshape(2, T, -1)
+compare("queries", normed[..., : NH * hs], by_hand, tol=1e-12)
 dinp, dweights = up.copy(), np.zeros((2, hs))
-headnorm_backward(dinp, *dweights, inp, *weights, rstd)
+headnorm_backward(dinp, *dweights, inp, *weights, rstd, offset=1.0)
 compare("heads", dinp, numerical_gradient(norm_loss, inp), tol=1e-8)
 want = numerical_gradient(norm_loss, weights)
 compare("their weights", dweights, want, tol=1e-8)
 
+# %% the capped logits
+from llmnb.reference.crossentropy import crossentropy_softmax_forward
+
+z, targets = 3 * inp[..., :5], np.arange(2 * T).reshape(2, T) % 4
+capped, dz = np.empty((2, *z.shape))
+dlosses, (losses, lse_z) = up[..., 0].copy(), np.empty((2, 2, T))
+
+
+def capped_loss():
+    capped[...] = z
+    softcap_forward(capped, 2.0)
+    crossentropy_softmax_forward(losses, lse_z, capped, targets, 4)
+    return (dlosses * losses).sum()
+
+
+want = numerical_gradient(capped_loss, z)
+capped_loss()
+capped_crossentropy_backward(dz, dlosses, capped, lse_z, targets, 4, 2.0)
+compare("logits", dz, want, tol=1e-8)
+
 # %% [markdown]
-# A plausible mistake: the cap is there forward and forgotten backward. With the $c =
-# 50$ of Gemma 2 and scores near 1 a cap changes a score by some $1/7500$. A tolerance
-# of a hundredth would see nothing; ours does.
+# A plausible mistake: the cap is forgotten backward. With the $c = 50$ of Gemma 2 and
+# scores near 1 it changes a score by some $1/7500$. A tolerance of a hundredth would
+# see nothing; ours does.
 
 
 # %% a gradient made wrong on purpose
@@ -591,32 +606,21 @@ fig.tight_layout()
 plt.show()
 
 # %% [markdown]
-# *Figure 5.4.3. Left, a soft cap leaves small scores alone and lets none past c.
-# Right, its slope: where the score is near the cap, little of the gradient
-# comes back.*
+# *Figure 5.4.3. Left, a soft cap leaves small scores alone and lets none past c. Right,
+# its slope: near the cap little of the gradient comes back.*
 #
 # ## Count it
 #
 # Sharing keys leaves the operations of attention as they are, and spares weights:
-# `qkvw` has $(NH + 2 NKV)\, hs$ rows. A window of 4,096, of 32,768 positions:
-
-# %% pairs with a window, and places in a cache tags=["fold-input"]
-T, W = 32768, 4096
-pairs = W * T - W * (W - 1) // 2
-print(f"pairs:  {pairs / (T * (T + 1) // 2):.0%} of those without a window")
-print(f"places: {W / T:.1%}")
-
-# %% [markdown]
-# What each change buys on text is measured in
-# [chapter 5.5](05_architectures.ipynb), where each part takes its turn in Part 1's
-# model.
+# `qkvw` has $(NH + 2 NKV)\, hs$ rows. A window of 4,096, of 32,768 positions, leaves an
+# eighth of the places in a cache, and by (5.4.3) 23 % of the pairs.
 #
 # ## On a CPU
 #
 # The kernels of [chapter 2.5](../2_cpu/05_attention.ipynb) do this. A block of keys
-# that no row of a block sees is skipped: it is never read. In the blocks at the
-# window's edge a row's scores begin later. And a product becomes a score by the rule,
-# in vectors, with $\tanh x = (1 - e^{-2x}) / (1 + e^{-2x})$ of the fast exponential.
+# that no row of a block sees is never read; at the window's edge a row's scores begin
+# later. A product becomes a score by the rule, in vectors, with
+# $\tanh x = (1 - e^{-2x}) / (1 + e^{-2x})$ of the fast exponential.
 
 # %% imports of the CPU module tags=["export"] module="cpu.local"
 from llmnb.cpu.attention import prepared, team_backward, team_forward
@@ -689,7 +693,8 @@ def both_ways(layer, p, **rule):
     layer.local_attention_backward(*arrays, add=False, **rule)
 
 
-p, rule = problem(301, (4, 2, 20)), {"window": 70, "softcap": 20.0}
+p = problem(301, (4, 2, 20))
+rule = {"window": 70, "softcap": 2.0, "scale": 0.3}
 both_ways(cpu, p, **rule)
 got = {name: getattr(p, name).copy() for name in ("out", "lse", "dinp")}
 both_ways(reference, p, **rule)
@@ -697,8 +702,7 @@ for name, x in got.items():
     compare(name, x, getattr(p, name), tol=1e-5)
 
 # %% [markdown]
-# What is not seen takes no time: with a window of 256 in a text of 2,048 positions
-# (5.4.3) leaves 23 % of the pairs, and a little more of the blocks.
+# What is not seen takes no time. A window of 256 in a text of 2,048 positions:
 
 # %% its time tags=["nbval-ignore-output"]
 from llmnb.timing import fastest, machine
@@ -817,7 +821,7 @@ from llmnb.gpu.launch import simulated, to_host
 from llmnb.gpu.simulator import watch
 
 reads = []
-for rule in ({"window": 20, "softcap": 5.0}, {"softcap": 5.0}):
+for rule in ({"window": 20, "softcap": 5.0, "scale": 0.5}, {"softcap": 5.0}):
     p = problem(130, (2, 1, 8))
     there = SimpleNamespace(**{k: simulated(x) for k, x in vars(p).items()})
     with watch() as seen:
@@ -840,14 +844,12 @@ verdict("tiles", reads[0] < 0.7 * reads[1], "fewer with a window")
 #   factor small, a window bounds the positions.
 # - Windows add up: $L$ blocks see $L (W - 1) + 1$ positions.
 # - A soft cap's slope is $1 - (s/c)^2$; it multiplies the gradient of the scores.
-# - A norm of queries and keys bounds the scores too, and takes from the gradient only
-#   what would make them longer.
+# - A norm of queries and keys bounds the scores too, and lets the gradient live.
 #
 # ## Design note
 #
-# A window and a cap could have been two layers. They are one, because Gemma 2 has both
-# in one block. GPT-2's `attention_forward` stays, on the same kernels and without
-# arguments that Part 1 does not need.
+# A window and a cap could have been two layers; Gemma 2 has both in one block. GPT-2's
+# `attention_forward` stays, without arguments that Part 1 does not need.
 #
 # ## Exercises
 #
@@ -885,11 +887,9 @@ compare("2: dinp", added, p.dinp, tol=1e-12)
 # %% [markdown]
 # ## Further reading
 #
-# - Ainslie et al. (2023), [GQA](https://arxiv.org/abs/2305.13245): from as many heads of
-#   keys to fewer, and what it costs in quality.
-# - Jiang et al. (2023), [Mistral 7B](https://arxiv.org/abs/2310.06825), section 2, and
-#   Gemma Team (2024), [Gemma 2](https://arxiv.org/abs/2408.00118), section 2: windows
-#   and their cache; windows in every other block, and soft caps.
+# - Ainslie et al. (2023), [GQA](https://arxiv.org/abs/2305.13245): fewer heads of keys.
+# - Jiang et al. (2023), [Mistral 7B](https://arxiv.org/abs/2310.06825), section 2:
+#   windows. Gemma Team (2024), [Gemma 2](https://arxiv.org/abs/2408.00118), section 2.
 # - Henry et al. (2020), [Query-Key Normalization](https://arxiv.org/abs/2010.04245).
 #
 # ## What llmnb gained
