@@ -614,15 +614,20 @@ def problem(B, T, C):
     return p
 
 
-def both_ways(layer, p):
-    layer.rmsnorm_forward(p.out, p.rstd, p.inp, p.weight, offset=1.0)
+def back(layer, p, add):
     arrays = p.dinp, p.dweight, p.dout, p.inp, p.weight, p.rstd
-    layer.rmsnorm_backward(*arrays, offset=1.0, add=False)
+    layer.rmsnorm_backward(*arrays, offset=1.0, add=add)
+
+
+def both_ways(layer, p):
+    layer.rmsnorm_forward(p.out, p.rstd, p.inp, p.weight, 0.1, 1.0)
+    back(layer, p, False)
 
 
 def results(layer, p):
-    p.out[...], p.dinp[...], p.dweight[...] = np.nan, np.nan, 0
+    p.out[...], p.dinp[...], p.dweight[...] = np.nan, np.nan, 1
     both_ways(layer, p)
+    back(layer, p, True)  # and once more, added
     return [x.copy() for x in (p.out, p.dinp, p.dweight)]
 
 
@@ -775,7 +780,9 @@ for C in (36, 301):
     d = SimpleNamespace(**{k: simulated(x) for k, x in vars(p).items()})
     with watch() as seen:
         both_ways(on_gpu, d)
+    back(on_gpu, d, True)
     both_ways(reference, p)
+    back(reference, p, True)
     print(C, "channels:", *[k.__name__ for k, *_ in seen.launches])
     for name in ("out", "dinp", "dweight"):
         got, want = to_host(getattr(d, name)), getattr(p, name)
