@@ -807,6 +807,34 @@ def embedding_backward(dwte, dout, inp, scale=1.0, work=None):
     _embedding_backward[grid, THREADS](dwte, rows, places, number, *found)
 
 
+# %% token vectors in three rooms tags=["fold-input"]
+from llmnb import cpu, reference
+from llmnb import cuda as on_gpu
+from llmnb.gpu.launch import simulated, to_host
+from llmnb.gpu.simulator import watch
+
+draw = np.random.default_rng(55)
+ids = draw.integers(0, 12, (2, 40), dtype=np.int32)
+arrays = draw.normal(size=(2, 40, 150)), *draw.normal(size=(2, 12, 150))
+dout, wte, dwte = (x.astype(np.float32) for x in arrays)
+
+
+def both_ways(layer, place):
+    """What a room makes of copies, by a scale of 2."""
+    out, dw, inp, dy = map(place, (np.zeros_like(dout), dwte, ids, dout))
+    layer.embedding_forward(out, inp, place(wte), 2.0)
+    layer.embedding_backward(dw, dy, inp, 2.0)
+    return out, dw
+
+
+want, on_cpu = both_ways(reference, np.copy), both_ways(cpu, np.copy)
+with watch():
+    there = [to_host(x) for x in both_ways(on_gpu, simulated)]
+compare("out", want[0], 2 * wte[ids], tol=1e-6)
+for name, got in ("CPU", on_cpu), ("GPU", there):
+    compare(f"{name}, out", got[0], want[0], tol=1e-6)
+    compare(f"{name}, dwte", got[1], want[1], tol=1e-6)
+
 # %% [markdown]
 # ## Exercises
 #
