@@ -381,10 +381,10 @@ def check(name, got, want):
 x, gates = half(B, T, 2 * hs), half(B, T, 2 * H)
 weight = draw.normal(size=2 * hs).astype(np.float32)
 want, rstd = np.empty((B, T, 2 * hs)), np.empty((B, T))
-reference.rmsnorm_forward(want, rstd, wide(x), weight.astype(float))
-out = empty(x.shape, np.uint16)
+reference.rmsnorm_forward(want, rstd, wide(x), weight.astype(float), 0.1, 1.0)
+out, there = empty(x.shape, np.uint16), (simulated(x), simulated(weight))
 with watch():
-    rmsnorm_forward_bf16(out, empty((B, T)), simulated(x), simulated(weight))
+    rmsnorm_forward_bf16(out, empty((B, T)), *there, 0.1, 1.0)
 check("RMSNorm", out, want)
 
 table, want, there = rope_table(T, hs, 10000), wide(x), simulated(x)
@@ -394,10 +394,20 @@ with watch():
 check("rotary", there, want)
 
 want, out = np.empty((B, T, H)), empty((B, T, H), np.uint16)
-reference.swiglu_forward(want, wide(gates))
+for name, layer in (
+    ("SwiGLU", swiglu_forward_bf16),
+    ("GeGLU", geglu_forward_bf16),
+):
+    getattr(reference, f"{name.lower()}_forward")(want, wide(gates))
+    with watch():
+        layer(out, simulated(gates))
+    check(name, out, want)
+
+ids = draw.integers(0, 9, (B, T), dtype=np.int32)
+wte, out = draw.normal(size=(9, H)).astype(np.float32), empty((B, T, H), "u2")
 with watch():
-    swiglu_forward_bf16(out, simulated(gates))
-check("SwiGLU", out, want)
+    embedding_forward_bf16(out, simulated(ids), simulated(wte), 3.0)
+check("token vectors", out, 3.0 * wte[ids].astype(float))
 
 # %% [markdown]
 # ## A Llama in the backend
