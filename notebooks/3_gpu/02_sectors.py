@@ -324,7 +324,29 @@ print(
 )
 
 # %% [markdown]
-# Five exchanges add a warp, and two barriers a block, however long the row.
+# Five exchanges add a warp, and two barriers a block, however long the row. A kernel that
+# takes two sums by way of the same board needs the second barrier, and `watch` would
+# say so if it were missing. Here are two, and those of four neighbouring lanes:
+
+
+# %% sums one after the other
+@kernel
+def three_sums(out, inp):
+    parts, t = cuda.shared.array(4, np.float32), cuda.threadIdx.x
+    out[0, t] = block_sum(inp[t], parts)
+    out[1, t] = block_sum(inp[t] * inp[t], parts)
+    out[2, t] = warp_sum(inp[t], 4)
+
+
+x = rng.normal(size=128).astype(np.float32)
+out = simulated(np.zeros((3, 128), np.float32))
+with watch():
+    three_sums[1, 128](out, simulated(x))
+fours = x.reshape(32, 4).sum(axis=1).repeat(4)
+want = np.full(128, x.sum()), np.full(128, (x * x).sum()), fours
+compare("three sums", to_host(out), want, tol=1e-5)
+
+# %% [markdown]
 #
 # ## Take away
 #

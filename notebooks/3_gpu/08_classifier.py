@@ -490,6 +490,9 @@ def crossentropy_softmax_forward(losses, lse, logits, targets, V):
 
 
 # %% the forward pass, tried and counted
+seen, more = np.float32([1, 2]), np.float32([0.5, 3, -1, 2])
+sums = 2 * np.exp(1 - 3) + np.exp(more - 3).sum()
+compare("four more", _with_four(*seen, *more), (3, sums))
 try_loss(crossentropy_softmax_forward)
 count_loss("a warp", loss_by_warps, 1, 1021, 1024)
 count_loss("a block", crossentropy_softmax_forward, 1, 1021, 1024)
@@ -612,7 +615,8 @@ crossentropy_softmax_forward(*two, numbers[1], 101)
 crossentropy_softmax_backward(
     two[2], numbers[0], two[2], two[1], numbers[1], 101
 )
-fused_classifier(*one, *numbers, 101)
+with watch():
+    fused_classifier(*one, *numbers, 101)
 for name, a, b in zip(("losses", "lse", "dlogits"), one, two, strict=True):
     verdict(name, np.array_equal(to_host(a), to_host(b)), "the same bits")
 
