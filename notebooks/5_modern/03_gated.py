@@ -196,6 +196,9 @@ def geglu_forward(out, inp):
 y = np.zeros((1, 1, 2))
 swiglu_forward(y, np.concatenate([gates, values])[None, None])
 compare("by hand", y[0, 0], by_hand, tol=1e-12)
+with np.errstate(over="raise"):
+    swiglu_forward(y, np.array([[[-1000.0, 1000.0, 3.0, 5.0]]]))
+compare("far out", y[0, 0], [0, 5000], tol=1e-12)
 
 # %% [markdown]
 # ## Backward, derived
