@@ -575,10 +575,10 @@ layers = *ENCODER_BACKWARD, encoder_backward
 BACKWARD = dict(zip(names, layers, strict=True))
 for C in (5, 8):
     (inp, wte, wpe, dout), there = problem(3, 13, C, 4, to_device)
-    want = np.zeros_like(wte), np.zeros_like(wpe)
+    want = np.ones_like(wte), np.ones_like(wpe)
     reference.encoder_backward(*want, dout, inp)
     for name, layer in BACKWARD.items():
-        dwte, dwpe = (to_device(np.zeros_like(a)) for a in want)
+        dwte, dwpe = (to_device(np.ones_like(a)) for a in want)
         layer(dwte, dwpe, there[3], there[0])
         print(f"{name}, {C} channels")
         compare("dwte", to_host(dwte), want[0], tol=1e-5)
