@@ -223,6 +223,7 @@ for bad in (
 ):
     try:
         render_chat(bad, told)
+        verdict(bad, False, "is refused")
     except ValueError as error:
         print(error)
 
@@ -494,6 +495,7 @@ verdict("the log", "user: one" in talk.log, "forgets nothing")
 # %% a question too long
 try:
     talk.prompt("x" * 60, 8)
+    verdict("too long", False, "is refused")
 except ValueError as error:
     print(error)
 

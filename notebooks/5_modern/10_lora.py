@@ -775,6 +775,7 @@ verdict("the loss", other.forward(tokens, targets) == told, "the same bits")
 # %% a rank that does not fit
 try:
     load_adapters(folder / "book.safetensors", begin(LoRA, rank=4))
+    verdict("rank 4", False, "is refused")
 except ValueError as error:
     print(str(error).replace(str(folder), "FOLDER"))
 

@@ -425,6 +425,7 @@ sizes = {"max_seq_len": 16, "vocab_size": 61, "num_layers": 1}
 sizes |= {"num_heads": 2, "channels": 32, "num_kv_heads": 1, "hidden": 64}
 try:
     GPT2(Qwen3Config(**sizes), 1, 8, "cuda", "bf16")
+    verdict("Qwen 3", False, "is refused")
 except ValueError as error:
     print(error)
 
