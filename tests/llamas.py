@@ -30,6 +30,7 @@ CHATML = (
 FAMILIES = {
     "llama": {"num_kv_heads": 1},
     "mistral": {"num_kv_heads": 2, "window": 5},
+    "qwen2": {"num_kv_heads": 1},
     "qwen3": {"num_kv_heads": 2, "head_size": 6},
     "gemma": {"num_kv_heads": 1, "head_size": 8},
     "gemma2": {"num_kv_heads": 2, "window": 5},

@@ -41,6 +41,7 @@ CASES = {
                          "tie_word_embeddings": True}),
     "mistral": ("Mistral", {"sliding_window": 5}),
     "mistral3": ("Mistral", {"sliding_window": None}),
+    "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3", {"tie_word_embeddings": True}),
     "gemma": ("Gemma", {"num_key_value_heads": 1}),
     "gemma2": ("Gemma2", {"sliding_window": 5, "query_pre_attn_scalar": 6,

@@ -123,14 +123,14 @@ def model_layout(cfg, batch_size, seq_len, precision="fp32"):
         why = no_cublas() or "LLMNB_MATMUL asks for other products"
         raise ValueError(f"GPT2: precision 'tf32' needs cuBLASLt: {why}")
     B, T, C, NH = batch_size, seq_len, cfg.channels, cfg.num_heads
+    qkv = (NH + 2 * cfg.num_kv_heads) * cfg.head_size
     wanted = [
         layernorm.layernorm_scratch(B * T, C),  # RMSNorm wants half of it
+        matmul.matmul_scratch(B * T, max(qkv, 4 * C)),  # for biases
         attention.attention_scratch(B, T, NH),
         adamw.clip_scratch(),
         encoder.encoder_scratch(B * T),
     ]
-    if cfg.bias:  # their gradients are sums over rows
-        wanted.append(matmul.matmul_scratch(B * T, 4 * C))
     if cfg.family != "gpt2" and cfg.qk_norm:
         from llmnb.cuda.headnorm import headnorm_scratch  # Part 5
 

@@ -55,9 +55,9 @@ _NAMES = {
     "final_softcap": "final_logit_softcapping",
 }
 # what else a family has, by our names; another's readers pass over it
-_GEMMAS = "gemma2", "gemma3_text"
+_QWENS, _GEMMAS = ("qwen2", "qwen3"), ("gemma2", "gemma3_text")
 _ONLY = {
-    "window": ("mistral", "qwen3", *_GEMMAS), "local_theta": _GEMMAS[1:],
+    "window": ("mistral", *_QWENS, *_GEMMAS), "local_theta": _GEMMAS[1:],
     "attention_scale": _GEMMAS, "attention_softcap": _GEMMAS[:1],
     "final_softcap": _GEMMAS,
 }  # fmt: skip
@@ -152,7 +152,7 @@ def _rope(said, made):
         said.refuse("rope_theta", f"as in rope_parameters, {theta!r:.80}")
     if theta is not None:
         found["rope_theta"] = theta
-    elif made.family == "qwen3":  # whose published files all have one
+    elif made.family in _QWENS:  # whose published files all have one
         said.refuse("rope_theta", "there")
     older = _scaling(said, said.part("rope_scaling"))
     scaling = _scaling(said, whole) or older
@@ -199,12 +199,13 @@ def _windows(said, made):
     if made.family not in _ONLY["window"]:
         return {}
     window = said.found.get("sliding_window", 4096)
-    asked = said.found.get("use_sliding_window")  # which a Qwen 3 alone reads
-    if not window or (made.family == "qwen3" and not asked):
+    qwen = made.family in _QWENS  # which alone reads the next
+    asked = said.found.get("use_sliding_window")
+    if not window or (qwen and not asked):
         return {"window": None, "global_every": 0}
     kinds = said.found.get("layer_types")
     if kinds is None:
-        if made.family == "qwen3":
+        if qwen:
             said.refuse("layer_types", "there where use_sliding_window is")
         every = said.found.get("sliding_window_pattern", made.global_every)
         return {"window": window, "global_every": every}

@@ -4,7 +4,7 @@
 
 __all__ = [
     "ARCHITECTURES", "Gemma2Config", "Gemma3Config", "GemmaConfig",
-    "LlamaConfig", "MistralConfig", "PRESETS", "Qwen3Config",
+    "LlamaConfig", "MistralConfig", "PRESETS", "Qwen2Config", "Qwen3Config",
     "architecture_from", "architecture_record",
 ]
 
@@ -60,6 +60,7 @@ class LlamaConfig(GPT2Config):
     norm: ClassVar[str] = "rmsnorm"
     feedforward: ClassVar[str] = "swiglu"
     bias: ClassVar[bool] = False
+    qkv_bias: ClassVar[bool] = False  # whether queries, keys, values have one
     offset: ClassVar[float] = 0.0  # added to the norms' weights
     qk_norm: ClassVar[bool] = False  # whether queries and keys have norms
     post_norms: ClassVar[bool] = False  # whether norms follow each half too
@@ -159,8 +160,8 @@ class MistralConfig(LlamaConfig):
 
 
 @dataclass(frozen=True)
-class Qwen3Config(LlamaConfig):
-    """A Qwen 3's shape: a Llama's, with norms of queries and keys.
+class Qwen2Config(LlamaConfig):
+    """A Qwen 2's shape: a Llama's, with biases of queries, keys and values.
 
     Derived in chapter 5.6.
     """
@@ -168,7 +169,19 @@ class Qwen3Config(LlamaConfig):
     rope_theta: float = 1000000.0
     norm_eps: float = 1e-6
 
+    family: ClassVar[str] = "qwen2"
+    qkv_bias: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
+class Qwen3Config(Qwen2Config):
+    """A Qwen 3's shape: norms of queries and keys in place of biases.
+
+    Derived in chapter 5.6.
+    """
+
     family: ClassVar[str] = "qwen3"
+    qkv_bias: ClassVar[bool] = False
     qk_norm: ClassVar[bool] = True
 
 
@@ -225,8 +238,8 @@ class Gemma3Config(GemmaConfig):
 ARCHITECTURES = {
     x.family: x
     for x in (
-        GPT2Config, LlamaConfig, MistralConfig, Qwen3Config, GemmaConfig,
-        Gemma2Config, Gemma3Config,
+        GPT2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config,
+        GemmaConfig, Gemma2Config, Gemma3Config,
     )
 }  # fmt: skip
 
@@ -292,6 +305,9 @@ PRESETS = {
     ),
     "gemma-3-1b": Gemma3Config(
         32768, 262144, 26, 4, 1152, num_kv_heads=1, head_size=256, hidden=6912
+    ),
+    "qwen2.5-0.5b": Qwen2Config(
+        32768, 151936, 24, 14, 896, num_kv_heads=2, hidden=4864, tied=True
     ),
     "qwen3-0.6b": Qwen3Config(
         40960, 151936, 28, 16, 1024, num_kv_heads=8, head_size=128,

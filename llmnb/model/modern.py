@@ -30,13 +30,14 @@ def modern_table(cfg):
     return [
         *_token_tables(cfg),
         _gain(cfg, "ln1w", "input_layernorm", C),
-        _matrix("qkvw", attention, qkv, C),
+        _linear("qkvw", attention, qkv, C),
+        *[_linear("qkvb", attention, qkv)] * cfg.qkv_bias,
         *[_gain(cfg, f"{x}normw", f"self_attn.{x}_norm", hs) for x in normed],
-        _matrix("attprojw", attention, [("o", C)], NH, short),
+        _linear("attprojw", attention, [("o", C)], NH, short),
         *[_gain(cfg, "post1w", "post_attention_layernorm", C)] * after,
         _gain(cfg, "ln2w", f"{second}_layernorm", C),
-        _matrix("fcw", mlp, [("gate", H), ("up", H)], C),
-        _matrix("fcprojw", mlp, [("down", C)], H, short),
+        _linear("fcw", mlp, [("gate", H), ("up", H)], C),
+        _linear("fcprojw", mlp, [("down", C)], H, short),
         *[_gain(cfg, "post2w", "post_feedforward_layernorm", C)] * after,
         _gain(cfg, "lnfw", None, C),
     ]
@@ -62,14 +63,19 @@ def _gain(cfg, name, there, size):
     return Tensor(name, (size,), f"model.{there}.weight", **how)
 
 
-def _matrix(name, there, pieces, ins, std=STD):
-    """A linear layer's weights, of one or several published matrices."""
-    names = [f"model.layers.{{}}.{there.format(x)}.weight" for x, _ in pieces]
-    rows = [n for _, n in pieces]
+def _linear(name, there, pieces, ins=None, std=STD):
+    """A linear layer's weights; its biases where ins is None.
+
+    pieces: pairs of a word, which names a published array, and its rows.
+    """
+    kind = "bias" if ins is None else "weight"
+    words, rows = zip(*pieces, strict=True)
+    names = [f"model.layers.{{}}.{there.format(x)}.{kind}" for x in words]
     several = tuple(zip(names, rows, strict=True)) if len(rows) > 1 else ()
-    shape = sum(rows), ins
+    if ins is None:
+        return Tensor(name, (sum(rows),), names[0], pieces=several)
     how = {"decays": True, "std": std, "pieces": several}
-    return Tensor(name, shape, names[0], **how)
+    return Tensor(name, (sum(rows), ins), names[0], **how)
 
 
 # the norm

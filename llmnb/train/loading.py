@@ -16,7 +16,7 @@ def load(
     """A model from disk, whatever it is: `llmnb.load`.
 
     path: llm.c's .bin; a .safetensors file, or the index of several; a .gguf
-    file; a Hugging Face folder of GPT-2, Llama, Mistral, Qwen 3 or Gemma; a
+    file; a Hugging Face folder of GPT-2, Llama, Mistral, Qwen or Gemma; a
     run's folder or state. seq_len: None is what the model knows, at most
     1,024. Other arguments, and what is raised: as GPT2.from_checkpoint.
 

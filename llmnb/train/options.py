@@ -76,7 +76,8 @@ class ModelOptions:
     """
 
     arch: str = option(
-        "gpt2", "gpt2, llama, mistral, qwen3, gemma, gemma2 or gemma3_text"
+        "gpt2",
+        "gpt2, llama, mistral, qwen2, qwen3, gemma, gemma2 or gemma3_text",
     )
     depth: int = option(
         0, "layers of a usual shape (12: GPT-2's 124M); 0: as said below", 0

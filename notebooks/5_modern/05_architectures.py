@@ -161,8 +161,9 @@ for row in facts(columns[0]):
 # Read it column by column. From GPT-2 to Llama almost every row changes: the
 # norm, the positions, the feed-forward layer, keys that heads share; and the
 # biases are gone. The first Mistral is a Llama with a window, and the later
-# ones are Llamas. Qwen 3 norms queries and keys, and its heads together are wider
-# than the stream: 16 of 128 channels, where $C$ is 1,024. The Gemmas have
+# ones are Llamas. Qwen 2 and 2.5 are Llamas whose queries, keys and values have
+# biases. Qwen 3 norms queries and keys in their place, and its heads together are
+# wider than the stream: 16 of 128 channels, where $C$ is 1,024. The Gemmas have
 # GeGLU, norms by $1 + w$, heads of 256 channels and a tied table. Gemma 2 has a norm
 # after each half too, both caps, and a window in every other block. Gemma 3 has no
 # caps any more, norms queries and keys in their place, and sees the whole text
@@ -205,13 +206,14 @@ def modern_table(cfg):
     return [
         *_token_tables(cfg),
         _gain(cfg, "ln1w", "input_layernorm", C),
-        _matrix("qkvw", attention, qkv, C),
+        _linear("qkvw", attention, qkv, C),
+        *[_linear("qkvb", attention, qkv)] * cfg.qkv_bias,
         *[_gain(cfg, f"{x}normw", f"self_attn.{x}_norm", hs) for x in normed],
-        _matrix("attprojw", attention, [("o", C)], NH, short),
+        _linear("attprojw", attention, [("o", C)], NH, short),
         *[_gain(cfg, "post1w", "post_attention_layernorm", C)] * after,
         _gain(cfg, "ln2w", f"{second}_layernorm", C),
-        _matrix("fcw", mlp, [("gate", H), ("up", H)], C),
-        _matrix("fcprojw", mlp, [("down", C)], H, short),
+        _linear("fcw", mlp, [("gate", H), ("up", H)], C),
+        _linear("fcprojw", mlp, [("down", C)], H, short),
         *[_gain(cfg, "post2w", "post_feedforward_layernorm", C)] * after,
         _gain(cfg, "lnfw", None, C),
     ]
@@ -237,14 +239,19 @@ def _gain(cfg, name, there, size):
     return Tensor(name, (size,), f"model.{there}.weight", **how)
 
 
-def _matrix(name, there, pieces, ins, std=STD):
-    """A linear layer's weights, of one or several published matrices."""
-    names = [f"model.layers.{{}}.{there.format(x)}.weight" for x, _ in pieces]
-    rows = [n for _, n in pieces]
+def _linear(name, there, pieces, ins=None, std=STD):
+    """A linear layer's weights; its biases where ins is None.
+
+    pieces: pairs of a word, which names a published array, and its rows.
+    """
+    kind = "bias" if ins is None else "weight"
+    words, rows = zip(*pieces, strict=True)
+    names = [f"model.layers.{{}}.{there.format(x)}.{kind}" for x in words]
     several = tuple(zip(names, rows, strict=True)) if len(rows) > 1 else ()
-    shape = sum(rows), ins
+    if ins is None:
+        return Tensor(name, (sum(rows),), names[0], pieces=several)
     how = {"decays": True, "std": std, "pieces": several}
-    return Tensor(name, shape, names[0], **how)
+    return Tensor(name, (sum(rows), ins), names[0], **how)
 
 
 # %% the matrices of a block tags=["hide-input"]
@@ -562,7 +569,7 @@ verdict("window of 3", np.abs(want - wrong).max() > 1e-3, "caught")
 #
 # The number of parameters of a published model is known to the last digit:
 # 8,030,261,248 are Llama 3 8B's. If the table gives the same number, it has
-# forgotten no tensor and has none too many. Eleven models of all six families,
+# forgotten no tensor and has none too many. Twelve models of all seven families,
 # from 135 million parameters to 8 billion:
 
 # %% against the published numbers
@@ -572,7 +579,7 @@ published = {
     "mistral-7b-v0.1": 7_241_732_096, "mistral-7b-v0.3": 7_248_023_552,
     "gemma-2b": 2_506_172_416, "gemma-2-2b": 2_614_341_888,
     "gemma-3-270m": 268_098_176, "gemma-3-1b": 999_885_952,
-    "qwen3-0.6b": 596_049_920,
+    "qwen2.5-0.5b": 494_032_768, "qwen3-0.6b": 596_049_920,
 }  # fmt: skip
 ours = {x: parameter_count(PRESETS[x], padded=False) for x in published}
 verdict(f"{len(published)} models", ours == published, "to the last digit")
@@ -646,14 +653,14 @@ verdict("1 kv head", min(fewer) > max(losses["Llama"]), "costs a little")
 # %% [markdown]
 # ## Add a family
 #
-# Qwen 2, say: a Llama whose queries, keys and values have biases.
+# Qwen 2 shows the way: a Llama whose queries, keys and values have biases.
 #
-# 1. In [chapter 5.6](06_files.ipynb) it gets a class, with the attribute
+# 1. In [chapter 5.6](06_files.ipynb) it has a class, with the attribute
 #    `qkv_bias` that no other family sets, and a place in `ARCHITECTURES`; in
 #    `_CONFIGS` of [chapter A.10](../appendix/10_book.ipynb) its class becomes
 #    `llmnb.Qwen2Config`.
-# 2. Here `modern_table` gets a row `qkvb`, with the published names as its pieces.
-#    No part changes, for `product` adds a bias where there is one; a family with
+# 2. Here `modern_table` has a row `qkvb`, with the published names as its pieces.
+#    No part changed, for `product` adds a bias where there is one; a family with
 #    a new layer would call it in a part. Training, the decoder, LoRA and the files
 #    read the table and the parts, and follow.
 # 3. Where its config.json is read and written as no other's, chapter 5.6 names the

@@ -88,6 +88,7 @@ class LlamaConfig(GPT2Config):
     norm: ClassVar[str] = "rmsnorm"
     feedforward: ClassVar[str] = "swiglu"
     bias: ClassVar[bool] = False
+    qkv_bias: ClassVar[bool] = False  # whether queries, keys, values have one
     offset: ClassVar[float] = 0.0  # added to the norms' weights
     qk_norm: ClassVar[bool] = False  # whether queries and keys have norms
     post_norms: ClassVar[bool] = False  # whether norms follow each half too
@@ -188,13 +189,22 @@ class MistralConfig(LlamaConfig):
 
 
 @dataclass(frozen=True)
-class Qwen3Config(LlamaConfig):
-    """A Qwen 3's shape: a Llama's, with norms of queries and keys."""
+class Qwen2Config(LlamaConfig):
+    """A Qwen 2's shape: a Llama's, with biases of queries, keys and values."""
 
     rope_theta: float = 1000000.0
     norm_eps: float = 1e-6
 
+    family: ClassVar[str] = "qwen2"
+    qkv_bias: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
+class Qwen3Config(Qwen2Config):
+    """A Qwen 3's shape: norms of queries and keys in place of biases."""
+
     family: ClassVar[str] = "qwen3"
+    qkv_bias: ClassVar[bool] = False
     qk_norm: ClassVar[bool] = True
 
 
@@ -247,8 +257,8 @@ class Gemma3Config(GemmaConfig):
 ARCHITECTURES = {
     x.family: x
     for x in (
-        GPT2Config, LlamaConfig, MistralConfig, Qwen3Config, GemmaConfig,
-        Gemma2Config, Gemma3Config,
+        GPT2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config,
+        GemmaConfig, Gemma2Config, Gemma3Config,
     )
 }  # fmt: skip
 
@@ -308,6 +318,9 @@ PRESETS = {
     ),
     "gemma-3-1b": Gemma3Config(
         32768, 262144, 26, 4, 1152, num_kv_heads=1, head_size=256, hidden=6912
+    ),
+    "qwen2.5-0.5b": Qwen2Config(
+        32768, 151936, 24, 14, 896, num_kv_heads=2, hidden=4864, tied=True
     ),
     "qwen3-0.6b": Qwen3Config(
         40960, 151936, 28, 16, 1024, num_kv_heads=8, head_size=128,
@@ -378,9 +391,9 @@ _NAMES = {
     "final_softcap": "final_logit_softcapping",
 }
 # what else a family has, by our names; another's readers pass over it
-_GEMMAS = "gemma2", "gemma3_text"
+_QWENS, _GEMMAS = ("qwen2", "qwen3"), ("gemma2", "gemma3_text")
 _ONLY = {
-    "window": ("mistral", "qwen3", *_GEMMAS), "local_theta": _GEMMAS[1:],
+    "window": ("mistral", *_QWENS, *_GEMMAS), "local_theta": _GEMMAS[1:],
     "attention_scale": _GEMMAS, "attention_softcap": _GEMMAS[:1],
     "final_softcap": _GEMMAS,
 }  # fmt: skip
@@ -481,7 +494,7 @@ def _rope(said, made):
         said.refuse("rope_theta", f"as in rope_parameters, {theta!r:.80}")
     if theta is not None:
         found["rope_theta"] = theta
-    elif made.family == "qwen3":  # whose published files all have one
+    elif made.family in _QWENS:  # whose published files all have one
         said.refuse("rope_theta", "there")
     older = _scaling(said, said.part("rope_scaling"))
     scaling = _scaling(said, whole) or older
@@ -535,12 +548,13 @@ def _windows(said, made):
     if made.family not in _ONLY["window"]:
         return {}
     window = said.found.get("sliding_window", 4096)
-    asked = said.found.get("use_sliding_window")  # which a Qwen 3 alone reads
-    if not window or (made.family == "qwen3" and not asked):
+    qwen = made.family in _QWENS  # which alone reads the next
+    asked = said.found.get("use_sliding_window")
+    if not window or (qwen and not asked):
         return {"window": None, "global_every": 0}
     kinds = said.found.get("layer_types")
     if kinds is None:
-        if made.family == "qwen3":
+        if qwen:
             said.refuse("layer_types", "there where use_sliding_window is")
         every = said.found.get("sliding_window_pattern", made.global_every)
         return {"window": window, "global_every": every}
@@ -628,7 +642,7 @@ for settings in bad:
 # read. What is absent and what is null are not the same to every reader: caps and a
 # Mistral's window are written as null, a Gemma's window is left out. Version 5 takes
 # a Mistral with `layer_types` for a Ministral, which has a window, so only one whose
-# blocks differ gets them. A Qwen 3's reader passes over a window unless
+# blocks differ gets them. A Qwen's reader passes over a window unless
 # `use_sliding_window` is there too. And a Llama with a window, which we can train, is
 # refused, for its reader would compute without.
 
@@ -795,7 +809,7 @@ def load(
     """A model from disk, whatever it is: `llmnb.load`.
 
     path: llm.c's .bin; a .safetensors file, or the index of several; a .gguf
-    file; a Hugging Face folder of GPT-2, Llama, Mistral, Qwen 3 or Gemma; a
+    file; a Hugging Face folder of GPT-2, Llama, Mistral, Qwen or Gemma; a
     run's folder or state. seq_len: None is what the model knows, at most
     1,024. Other arguments, and what is raised: as GPT2.from_checkpoint.
     """

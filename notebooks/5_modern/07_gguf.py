@@ -316,20 +316,20 @@ _THERE = {
 }  # fmt: skip
 # architectures there -> ours; a Mistral is stored as a llama
 _FAMILIES = {
-    "llama": "llama", "qwen3": "qwen3", "gemma": "gemma", "gemma2": "gemma2",
-    "gemma3": "gemma3_text",
+    "llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma": "gemma",
+    "gemma2": "gemma2", "gemma3": "gemma3_text",
 }  # fmt: skip
 
 
 def gguf_name(published, cfg):
     """The name in GGUF files of a tensor that is published as `published`."""
-    *_, word, _ = published.split(".")
+    *_, word, last = published.split(".")
     there = _THERE.get(word)
     if word == "post_attention_layernorm":
         there = "post_attention_norm" if cfg.post_norms else "ffn_norm"
     if not published.startswith("model.layers."):
         return f"{there}.weight"
-    return f"blk.{published.split('.')[2]}.{there}.weight"
+    return f"blk.{published.split('.')[2]}.{there}.{last}"
 
 
 # %% its configuration tags=["export"]

@@ -13,6 +13,7 @@ from llmnb.model.architectures import (
     GemmaConfig,
     LlamaConfig,
     MistralConfig,
+    Qwen2Config,
     Qwen3Config,
 )
 from llmnb.reference.bfloat16 import from_bfloat16, to_bfloat16
@@ -71,7 +72,10 @@ def test_parameters_are_float32_and_their_copies_rounded(tmp_path):
         np.testing.assert_array_equal(again.params[name], np.asarray(master))
 
 
-@pytest.mark.parametrize("cfg", (GPT, LLAMA, GemmaConfig(*SIZES, **SMALL)))
+@pytest.mark.parametrize(
+    "cfg",
+    (GPT, LLAMA, GemmaConfig(*SIZES, **SMALL), Qwen2Config(*SIZES, **SMALL)),
+)
 def test_gradients_are_those_of_float32_but_for_rounding(cfg):
     half, whole = pair(cfg, 5)
     for made in (half, whole):

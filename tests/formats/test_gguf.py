@@ -18,7 +18,7 @@ from llmnb.reference.rotary import rope_frequencies
 
 gguf = pytest.importorskip("gguf")
 FAMILIES = Path(__file__).parents[1] / "data" / "families"
-KINDS = {"llama": "llama", "mistral": "llama", "qwen3": "qwen3"}
+KINDS = {"llama": "llama", "mistral": "llama", "qwen3": "qwen3", "qwen2": "qwen2"}
 KINDS |= {"gemma": "gemma", "gemma2": "gemma2", "gemma3_text": "gemma3"}
 WIDE = llmnb.LlamaConfig(
     16, 61, 2, 4, 64, num_kv_heads=2, hidden=96, tied=True
@@ -102,7 +102,7 @@ def fixture(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["llama2", "mistral", "mistral3", "qwen3", "gemma"]
+    "name", ["llama2", "mistral", "mistral3", "qwen2", "qwen3", "gemma"]
 )
 def test_a_family_written_as_llama_cpp_does_is_read_back(name, tmp_path):
     model, want = fixture(name)

@@ -17,6 +17,7 @@ CONFIGS = {
     "gpt2": llmnb.GPT2Config(16, 61, 2, 2, 24),
     "llama": llmnb.LlamaConfig(16, 61, 2, 4, 24, num_kv_heads=2, head_size=6),
     "tied": llmnb.LlamaConfig(16, 61, 2, 4, 24, head_size=6, tied=True),
+    "qwen2": llmnb.Qwen2Config(16, 61, 2, 4, 24, num_kv_heads=1, head_size=8),
     "qwen3": llmnb.Qwen3Config(16, 61, 2, 4, 24, num_kv_heads=1, head_size=8),
     "gemma2": llmnb.Gemma2Config(16, 61, 2, 4, 24, head_size=6, window=3),
 }
