@@ -1,4 +1,4 @@
-# Written by `make export` from notebooks/5_modern/06_files.py: edit that file.
+# Written by `make export` from notebooks/5_modern/07_gguf.py: edit that file.
 
 """One door for every model: `llmnb.load`."""
 
@@ -20,7 +20,7 @@ def load(
     run's folder or state. seq_len: None is what the model knows, at most
     1,024. Other arguments, and what is raised: as GPT2.from_checkpoint.
 
-    Derived in chapter 5.6.
+    Derived in chapter 5.7.
     """
     from llmnb.formats.checkpoint import read_config
     from llmnb.train.folder import weights_path

@@ -8,7 +8,6 @@
 #     modules:
 #       model.architectures: "Llama, Mistral, Gemma, Qwen: the numbers that fix each."
 #       formats.families: "Published models of Llama's kind: folders read and written."
-#       train.loading: "One door for every model: `llmnb.load`."
 # ---
 
 # %% [markdown]
@@ -794,40 +793,11 @@ except ValueError as error:
 _ = described.write_text(json.dumps(said), "utf-8")
 
 # %% [markdown]
-# ## One door
-#
-# What a path holds is told by its ending and first bytes, or by a folder's contents.
+# `GPT2.from_checkpoint` takes such a folder as it takes GPT-2's:
 
-# %% one door tags=["export"] module="train.loading"
-from llmnb.model.gpt2 import GPT2
-
-
-def load(
-    path, batch_size=1, seq_len=None, backend="cpu", precision="fp32",
-    tokens=None,
-):  # fmt: skip
-    """A model from disk, whatever it is: `llmnb.load`.
-
-    path: llm.c's .bin; a .safetensors file, or the index of several; a .gguf
-    file; a Hugging Face folder of GPT-2, Llama, Mistral, Qwen or Gemma; a
-    run's folder or state. seq_len: None is what the model knows, at most
-    1,024. Other arguments, and what is raised: as GPT2.from_checkpoint.
-    """
-    from llmnb.formats.checkpoint import read_config
-    from llmnb.train.folder import weights_path
-
-    path = weights_path(path)
-    if seq_len is None:
-        seq_len = min(1024, read_config(path, tokens).max_seq_len)
-    how = batch_size, seq_len, backend, precision, tokens
-    return GPT2.from_checkpoint(path, *how)
-
-
-# %% llmnb.load
-import llmnb
-
+# %% the same model
 tokens = np.array([[5, 1, 8, 2, 6, 6, 0, 3]])
-loaded = llmnb.load(folder, 1, 8, "reference")
+loaded = GPT2.from_checkpoint(folder, 1, 8, "reference")
 model.forward(tokens)
 loaded.forward(tokens)
 verdict("logits", np.array_equal(loaded.logits, model.logits), "the same bits")
@@ -885,7 +855,7 @@ def split(tensors, place):
 (two := Path(room.name) / "two").mkdir()
 (two / "config.json").write_text(json.dumps(said), "utf-8")
 split(tensors, two)
-loaded = llmnb.load(two, 1, 8, "reference")
+loaded = GPT2.from_checkpoint(two, 1, 8, "reference")
 loaded.forward(tokens)
 verdict("logits", np.array_equal(loaded.logits, model.logits), "the same bits")
 one, other = (x.stat().st_size for x in two.glob("*.safetensors"))

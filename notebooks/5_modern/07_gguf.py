@@ -7,6 +7,7 @@
 #   llmnb:
 #     modules:
 #       formats.gguf: "Models in GGUF files, read through the library gguf."
+#       train.loading: "One door for every model: `llmnb.load`."
 # ---
 
 # %% [markdown]
@@ -559,6 +560,37 @@ def _read_gguf(file, cfg, names, params):
     for x in tensor_table(cfg):
         if x.used:
             params[x.name][x.used :] = 0
+
+
+# %% [markdown]
+# ## One door
+#
+# With this every kind of file that we know can be read. What a path holds is told by
+# its ending and first bytes, or by a folder's contents, so that nobody has to say it.
+
+# %% one door tags=["export"] module="train.loading"
+from llmnb.model.gpt2 import GPT2
+
+
+def load(
+    path, batch_size=1, seq_len=None, backend="cpu", precision="fp32",
+    tokens=None,
+):  # fmt: skip
+    """A model from disk, whatever it is: `llmnb.load`.
+
+    path: llm.c's .bin; a .safetensors file, or the index of several; a .gguf
+    file; a Hugging Face folder of GPT-2, Llama, Mistral, Qwen or Gemma; a
+    run's folder or state. seq_len: None is what the model knows, at most
+    1,024. Other arguments, and what is raised: as GPT2.from_checkpoint.
+    """
+    from llmnb.formats.checkpoint import read_config
+    from llmnb.train.folder import weights_path
+
+    path = weights_path(path)
+    if seq_len is None:
+        seq_len = min(1024, read_config(path, tokens).max_seq_len)
+    how = batch_size, seq_len, backend, precision, tokens
+    return GPT2.from_checkpoint(path, *how)
 
 
 # %% [markdown]
