@@ -27,8 +27,8 @@ import importlib.util
 # the package's front door
 __version__ = "0.2.0"
 _CONFIGS = (
-    "LlamaConfig", "MistralConfig", "Qwen2Config", "Qwen3Config", "GemmaConfig",
-    "Gemma2Config", "Gemma3Config", "PRESETS",
+    "LlamaConfig", "MistralConfig", "Qwen2Config", "Qwen3Config",
+    "GemmaConfig", "Gemma2Config", "Gemma3Config", "PRESETS",
 )  # fmt: skip
 _HOME = {
     "GPT2": "llmnb.model.gpt2",

@@ -1043,8 +1043,8 @@ import importlib.util
 # %% the package's front door tags=["exporti"] module="__init__"
 __version__ = "0.2.0"
 _CONFIGS = (
-    "LlamaConfig", "MistralConfig", "Qwen2Config", "Qwen3Config", "GemmaConfig",
-    "Gemma2Config", "Gemma3Config", "PRESETS",
+    "LlamaConfig", "MistralConfig", "Qwen2Config", "Qwen3Config",
+    "GemmaConfig", "Gemma2Config", "Gemma3Config", "PRESETS",
 )  # fmt: skip
 _HOME = {
     "GPT2": "llmnb.model.gpt2",
