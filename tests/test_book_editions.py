@@ -17,7 +17,6 @@ from xml.etree import ElementTree
 
 import nbformat
 import pytest
-from nbclient.exceptions import CellExecutionError
 from test_book import HTML, why_not_built
 
 from llmnb.book import epub, notebook, pages, pdf, practice

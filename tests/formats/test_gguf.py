@@ -18,8 +18,9 @@ from llmnb.reference.rotary import rope_frequencies
 
 gguf = pytest.importorskip("gguf")
 FAMILIES = Path(__file__).parents[1] / "data" / "families"
-KINDS = {"llama": "llama", "mistral": "llama", "qwen3": "qwen3", "qwen2": "qwen2"}
-KINDS |= {"gemma": "gemma", "gemma2": "gemma2", "gemma3_text": "gemma3"}
+KINDS = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2"}
+KINDS |= {"qwen3": "qwen3", "gemma": "gemma", "gemma2": "gemma2"}
+KINDS |= {"gemma3_text": "gemma3"}
 WIDE = llmnb.LlamaConfig(
     16, 61, 2, 4, 64, num_kv_heads=2, hidden=96, tied=True
 )
