@@ -386,6 +386,18 @@ def test_search_as_you_type(visit):
     assert visit.trouble == []
 
 
+def test_the_marks_of_a_search_can_be_hidden(visit):
+    key = "'sphinx_highlight_terms', 'attention'"
+    visit.page.add_init_script(f"localStorage.setItem({key})")
+    page = visit.open("book/api/index.html")
+    link = page.locator(".highlight-link a")
+    assert page.locator("span.highlighted").count() > 1
+    icon = link.evaluate("x => getComputedStyle(x, '::before').content")
+    assert icon in ("none", "normal")  # no letter of a font that is not here
+    link.click()
+    assert page.locator("span.highlighted").count() == 0
+
+
 def test_pages_are_light(browser, address):
     """Those of the largest files too; all else is shared."""
     pages = [*HTML.glob("notebooks/*/*.html")]
