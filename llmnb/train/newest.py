@@ -11,7 +11,7 @@ from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 
-from llmnb.files import make_folder
+from llmnb.files import make_folder, sync_folder
 
 
 # a name for a run
@@ -29,6 +29,7 @@ def new_folder(config):
     while True:
         with suppress(FileExistsError):  # or made by another this instant
             folder.mkdir()
+            sync_folder(RUNS)
             return folder
         number += 1
         folder = RUNS / f"{first}-{number}"

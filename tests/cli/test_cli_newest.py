@@ -124,7 +124,8 @@ def test_a_run_that_was_renamed_makes_it_uncertain(llmnb, two_runs):
     assert newest(llmnb) == "stdlib", "the only one is certain"
 
 
-def test_trains_that_start_together_take_two_folders(llmnb, tmp_path):
+def test_trains_that_start_together_take_two_folders(llmnb, tmp_path, calls):
     with ThreadPoolExecutor(4) as pool:
         names = [*pool.map(new_folder, [TrainConfig()] * 8)]
     assert len(set(names)) == 8 and all(x.is_dir() for x in names)
+    assert calls.count(("sync", "folder")) >= 8 or os.name == "nt"
