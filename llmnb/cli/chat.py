@@ -23,7 +23,7 @@ from llmnb.formats.vocabulary import open_encoding, tokenizer_of
 from llmnb.model.decode import Decoder
 from llmnb.model.generate import check_sampling, decoded, generate
 from llmnb.train.folder import weights_path
-from llmnb.train.options import option
+from llmnb.train.options import check_range, option
 
 
 # its options
@@ -160,11 +160,9 @@ def run(args):
     """
     settings = args.temperature, args.top_k, args.top_p
     check_sampling(*settings)
-    for name, least in (("tokens", 1), ("context", 2)):
-        if getattr(args, name) < least:
-            raise ValueError(f"{name} must be at least {least}")
-    if not 0 <= args.seed < 2**32:
-        raise ValueError(f"seed must be in [0, 2**32), got {args.seed}")
+    check_range("tokens", args.tokens, 1)
+    check_range("context", args.context, 2)
+    check_range("seed", args.seed, 0, 2**32)
     folder = Path(args.transcript).parent
     if not folder.is_dir():
         raise ValueError(f"transcript: there is no folder {folder}")
