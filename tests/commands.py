@@ -14,7 +14,8 @@ TINY = (
     "--channels 16 --seq-len 16 --batch-size 2 --steps 6 --eval-every 4 "
     "--backend reference"
 )
-OF_SHARDS = TINY.replace("--limit 30000 ", "")  # are read whole
+# are read whole, and have a tokenizer
+OF_SHARDS = TINY.replace("--tokenizer byte --limit 30000 ", "")
 BYTES = "--tokenizer", "byte"
 PARTS = "val", "train"
 ROOT = Path(__file__).parents[1]

@@ -149,6 +149,7 @@ from llmnb.cli.options import GroupOptions, ThreadOptions, check_backend
 from llmnb.cli.options import fields_of, say, set_threads, tell_compiling
 from llmnb.cli.options import typed, warn
 from llmnb.files import own_folder, unmade, write_whole
+from llmnb.formats.vocabulary import tokenizer_beside
 from llmnb.model.generate import decoded, generate
 from llmnb.text.tokenizer import text_start
 from llmnb.train.newest import RUNS, new_folder, newest_run, note_newest
@@ -197,6 +198,7 @@ OPTIONS = {
 
 # %% begin or go on tags=["export"] module="cli.train"
 _OF_TEXT = "corpus", "limit", "field", "skip_bad", "endoftext"
+_OF_TOKENS = "tokenizer", "vocab_size"
 
 
 def _begun(args, group):
@@ -205,8 +207,10 @@ def _begun(args, group):
     if given.get("depth") and not given.keys().isdisjoint(SHAPE):
         names = ", ".join(name.replace("_", "-") for name in SHAPE)
         raise ValueError(f"--depth sets {names}: leave those out")
-    ignored = given.keys() & set(_OF_TEXT)
-    if given.get("shards") and ignored:
+    shards = given.get("shards")
+    own = shards and tokenizer_beside(Path(shards))
+    ignored = given.keys() & {*_OF_TEXT, *(_OF_TOKENS if own else ())}
+    if shards and ignored:
         names = ", ".join(f"--{x.replace('_', '-')}" for x in sorted(ignored))
         raise ValueError(f"--shards stands for a corpus: leave out {names}")
     check_backend(given.get("backend"))

@@ -484,16 +484,20 @@ def _settings(args, precisions=("fp32",)):
 _OF_STEPS = (
     "config", "precision", "against", "turn", "in_backward", "start", "plot",
 )  # fmt: skip
+_SHAPE = {"vocab_size", *(x.name for x in fields(ModelOptions))}
+_OF_SHAPE = _SHAPE - {"backend", "precision"}
+
+
+def _leave_out(args, names, why):
+    """Raise ValueError for options that would change nothing."""
+    found = [f"--{x.replace('_', '-')}" for x in args.given if x in names]
+    if found:
+        raise ValueError(f"{why}: leave out {', '.join(sorted(found))}")
 
 
 def _writers(args):
-    ignored = [name for name in _OF_STEPS if name in args.given]
-    if ignored:
-        names = ", ".join(f"--{name.replace('_', '-')}" for name in ignored)
-        raise ValueError(
-            "--write has a model and a rival of its own, in float32, and no "
-            f"picture: leave out {names}"
-        )
+    own = "--write has a model and a rival of its own, in float32, and no "
+    _leave_out(args, {*_OF_STEPS, *_OF_SHAPE}, f"{own}picture")
     if args.backend != "cpu" or args.kernels is not None:
         raise ValueError("--write times the backend cpu alone")
     return bench_writers(GPT2Config(), settings=_settings(args))
@@ -536,6 +540,8 @@ def _configs_of(args):
             known = ", ".join(CONFIGS)
             raise ValueError(f"no config {name!r}: choose from {known}")
     if args.config or args.start or args.kernels is not None:
+        own = "--config, --start and --kernels have shapes of their own"
+        _leave_out(args, _OF_SHAPE, own)
         return {name: CONFIGS[name] for name in args.config}
     shape = fields_of(vars(args), ModelOptions) | {"precision": "fp32"}
     config = TrainConfig(**shape, vocab_size=args.vocab_size)

@@ -33,6 +33,8 @@ def test_shards_of_another_tokenizer(failed, done, tmp_path):
     tokenizer.save(tokenizer.byte(), tmp_path / "out" / "tokenizer.tiktoken")
     err = failed("train", "--shards", "out", *OF_SHARDS.split())
     assert "its tokenizer, out/tokenizer.tiktoken, has 257" in err
+    err = failed("train", "--shards", "out", "--tokenizer", "gpt2")
+    assert "--shards stands for a corpus: leave out --tokenizer" in err
     assert not (tmp_path / "runs").exists()
 
 

@@ -68,7 +68,7 @@ from llmnb.train.terminal import progress_bar
     ("chat nowhere --tokens 0", 1, "tokens must be at least 1"),
     ("chat nowhere --context 1", 1, "context must be at least 2"),
     ("chat nowhere --temperature -1", 1, "temperature must be at least 0"),
-    ("chat nowhere --seed -1", 1, "seed must be in"),
+    ("chat nowhere --seed -1", 1, "seed must be at least 0"),
     ("chat nowhere --transcript a/b", 1, "transcript: there is no folder"),
     ("verify nowhere", 1, "there is no folder nowhere"),
     ("bench --config big", 1, "no config 'big': choose from small, 124m"),
@@ -79,6 +79,9 @@ from llmnb.train.terminal import progress_bar
     ("bench --json no/folder/a.json", 1, "there is no folder no/folder"),
     ("bench --write --config small --turn 2", 1, "out --config, --turn\n"),
     ("bench --write --in-backward", 1, "no picture: leave out --in-backward"),
+    ("bench --write --depth 3", 1, "no picture: leave out --depth\n"),
+    ("bench --config small --arch llama --seq-len 7", 1,
+     "shapes of their own: leave out --arch, --seq-len\n"),
     ("bench --write --precision bf16", 1, "in float32, and no picture: leave"),
     ("info --num-heads 7", 1, "multiple of num_heads"),
 ])  # fmt: skip
