@@ -422,7 +422,7 @@ def _changed(folder, changes):
         if value != was and name not in CHANGEABLE:
             raise ValueError(
                 f"{name} of a run in progress cannot change: {folder} has "
-                f"{was}, got {value}"
+                f"{was!r}, got {value!r}"
             )
     return replace(config, **changes)
 

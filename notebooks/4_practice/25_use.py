@@ -215,7 +215,8 @@ def _first_text(steps, texts, times):
 
 def _heading(args, i):
     if args.samples > 1:
-        print(f"--- {i + 1} of {args.samples}, seed {args.seed + i}")
+        seed = (args.seed + i) % 2**32  # as `generate_samples` counts
+        print(f"--- {i + 1} of {args.samples}, seed {seed}")
 
 
 def _stats(length, texts, times):

@@ -23,6 +23,8 @@ def test_generate(llmnb, trained, monkeypatch):
     assert out.startswith("def f") and len(out) > 10
     assert llmnb(*ask)[1] == out
     assert llmnb(*ask, "--seed", 7)[1] != out
+    code, last, _ = llmnb(*ask, "--samples", 2, "--seed", 2**32 - 1)
+    assert code == 0 and "--- 2 of 2, seed 0\n" in last
     code, several, err = llmnb(*ask, "--samples", 3, "--seed", 7)
     alone = [llmnb(*ask, "--seed", 7 + i)[1] for i in range(3)]
     heads = [f"--- {i + 1} of 3, seed {7 + i}\n" for i in range(3)]

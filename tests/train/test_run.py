@@ -202,6 +202,8 @@ def test_what_must_not_change(tmp_path, name):
         resume(tmp_path / "a", **{name: value * 2})
     with pytest.raises(ValueError, match="steps must be at least 5, which"):
         resume(tmp_path / "a", steps=4)
+    with pytest.raises(ValueError, match="has '', got 'b.bin'"):
+        resume(tmp_path / "a", init="b.bin")
     with pytest.raises(FileNotFoundError, match=r"config\.json"):
         resume(tmp_path)
 
