@@ -23,6 +23,7 @@ import numpy as np
 from llmnb.files import BESIDE, Lock, own_folder, read_json, write_whole
 from llmnb.formats.shard import shard_length, write_shard
 from llmnb.formats.vocabulary import KEPT, keep_encoding
+from llmnb.text.bpe import EOT
 from llmnb.text.data import check_int, split
 from llmnb.text.tokenizer import document_start, encode_text, token_dtype
 from llmnb.timing import cores
@@ -90,11 +91,15 @@ def pieces_from(sources, place=START, limit=0):
     _, skipped, _, documents, characters = place
     before = sum(source.size for source in sources[: place.source])
     for k in range(place.source, len(sources)):
-        found = enumerate(sources[k].pieces())
+        name, _, _, pieces, tally = sources[k]
+        found, times = enumerate(pieces()), 0
         for i, (first, text, read) in islice(found, skipped, None):
             if limit and characters >= limit:
                 return
             text = text[: limit - characters] if limit else text
+            if EOT in text:
+                times += text.count(EOT)
+                tally.note(EOT, name, times)
             here = Origin(k, i, 0, documents, characters)
             yield here, first, text, before + read
             documents, characters = documents + first, characters + len(text)

@@ -40,7 +40,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from llmnb.text import corpus
-from llmnb.text.bpe import EOT
 from llmnb.text.reader import (
     Tally,
     in_blocks,
@@ -211,13 +210,15 @@ class Source(NamedTuple):
     name: a path, or the corpus's name. size: bytes on the disk, or
     characters. mark: a str that changes with the content. pieces: a function
     that yields (first, text, position): whether a document begins, text,
-    and how much of `size` is read.
+    and how much of `size` is read. tally: notes `<|endoftext|>` in what is
+    taken of it.
     """
 
     name: str
     size: int
     mark: str
     pieces: object
+    tally: Tally
 
 
 # %% [markdown]
@@ -231,18 +232,14 @@ class Source(NamedTuple):
 def _file_pieces(path, named, *how):
     """Yield (first, text, position) for a file; `how` ends with the tally.
 
-    Notes how often `<|endoftext|>` stands in it. A file in a folder, which
-    nobody has named, gives nothing when it is no text.
+    A file in a folder, which nobody has named, gives nothing when it is no
+    text.
     """
-    tally, times = how[-1], 0
-    if not named and not _is_text(path, tally):
+    if not named and not _is_text(path, how[-1]):
         return
     with open_stream(path) as (stream, raw):
         for where, blocks in read_documents(path, stream, *how):
             for first, piece in _cut(where, blocks):
-                if EOT in piece:
-                    times += piece.count(EOT)
-                    tally.note(EOT, path, times)
                 yield first, piece, raw.tell()
 
 
@@ -261,11 +258,11 @@ def _file_source(path, named, how):
     info = path.stat()
     mark = f"{path} {info.st_size} {info.st_mtime_ns}"
     pieces = partial(_file_pieces, path, named, *how)
-    return Source(str(path), info.st_size, mark, pieces)
+    return Source(str(path), info.st_size, mark, pieces, how[-1])
 
 
 # %% a corpus in memory tags=["exporti"]
-def _memory_source(name):
+def _memory_source(name, tally):
     documents = corpus.load_corpus(name)
     digest = hashlib.sha256("\0".join(documents).encode()).hexdigest()
 
@@ -276,7 +273,7 @@ def _memory_source(name):
             for first, piece in _cut(name, in_blocks(text)):
                 yield first, piece, position
 
-    return Source(name, sum(map(len, documents)), digest, pieces)
+    return Source(name, sum(map(len, documents)), digest, pieces, tally)
 
 
 # %% the sources of a corpus tags=["export"]
@@ -295,7 +292,7 @@ def sources(names, field="text", skip_bad=False, tally=None):
     how = field, skip_bad, tally
     for name in names:
         if name in ("stdlib", "tinyshakespeare"):
-            found.append(_memory_source(name))
+            found.append(_memory_source(name, tally))
             continue
         for path, named in corpus.files_of(Path(name), tally):
             with nullcontext() if named else passing_over(path, tally):

@@ -147,6 +147,11 @@ def read(source, **options):
     return texts, tallies[0].words()
 
 
+def test_what_lies_behind_a_limit_is_not_counted(tmp_path):
+    (tmp_path / "a.txt").write_text("one<|endoftext|>" * 9)
+    assert "as ordinary text: 2 (" in read(tmp_path / "a.txt", limit=40)[1]
+
+
 @UNIX
 def test_only_files_are_read(tmp_path):
     (tmp_path / "a.txt").write_text("one")
