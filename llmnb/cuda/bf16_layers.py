@@ -15,7 +15,7 @@ import math
 
 import numpy as np
 
-from llmnb.cuda.bf16_matmul import check_eights, halves, pairs, write_pair
+from llmnb.cuda.bf16_matmul import halves, pairs, write_pair
 from llmnb.cuda.crossentropy import LOWEST, block_merged
 from llmnb.cuda.gelu import ONE, gelu_back, gelu_of
 from llmnb.cuda.layernorm import EPS32
@@ -81,7 +81,6 @@ def encoder_forward_bf16(out, inp, wte, wpe):
     Derived in chapter 3.16.
     """
     _, T, C = out.shape
-    check_eights("encoder_forward_bf16", C)
     tables = wte.reshape(-1), wpe.reshape(-1)
     grid = -(-out.size // 512)
     _encode[grid, 256](pairs(out), inp.reshape(-1), *tables, T, C)
@@ -125,7 +124,6 @@ def layernorm_forward_bf16(out, mean, rstd, inp, weight, bias):
 
     Derived in chapter 3.16.
     """
-    check_eights("layernorm_forward_bf16", weight.size)
     stats, grid = (mean.reshape(-1), rstd.reshape(-1)), -(-mean.size // 8)
     _normalise[grid, 256](pairs(out), *stats, pairs(inp), weight, bias)
 
@@ -195,7 +193,6 @@ def layernorm_backward_bf16(
     Derived in chapter 3.16.
     """
     rows, C = mean.size, weight.size
-    check_eights("layernorm_backward_bf16", C)
     wanted = layernorm_scratch_bf16(rows, C)
     work = given_work("layernorm_backward_bf16", work, wanted, mean)
     stats = mean.reshape(-1), rstd.reshape(-1)
@@ -234,7 +231,6 @@ def gelu_forward_bf16(out, inp):
 
     Derived in chapter 3.16.
     """
-    check_eights("gelu_forward_bf16", out.shape[-1])
     _bend[-(-out.size // 512), 256](pairs(out), pairs(inp))
 
 
@@ -246,7 +242,6 @@ def gelu_backward_bf16(dinp, dout, inp, add=True):
 
     Derived in chapter 3.16.
     """
-    check_eights("gelu_backward_bf16", inp.shape[-1])
     grid = -(-inp.size // 512)
     _bend_back[grid, 256](pairs(dinp), pairs(dout), pairs(inp), int(add))
 
@@ -300,7 +295,6 @@ def crossentropy_softmax_forward_bf16(losses, lse, logits, targets, V):
 
     Derived in chapter 3.16.
     """
-    check_eights("crossentropy_softmax_forward_bf16", logits.shape[-1])
     flat = losses.reshape(-1), lse.reshape(-1), pairs(logits)
     _losses_of_rows[losses.size, 256](*flat, targets.reshape(-1), V)
 
@@ -343,7 +337,6 @@ def crossentropy_softmax_backward_bf16(
 
     Derived in chapter 3.16.
     """
-    check_eights("crossentropy_softmax_backward_bf16", logits.shape[-1])
     flat = pairs(dlogits), dlosses.reshape(-1), pairs(logits)
     rest = lse.reshape(-1), targets.reshape(-1), V
     _slopes_of_rows[lse.size, 256](*flat, *rest)
@@ -376,7 +369,6 @@ def fused_classifier_bf16(losses, lse, logits, dlosses, targets, V):
 
     Derived in chapter 3.16.
     """
-    check_eights("fused_classifier_bf16", logits.shape[-1])
     flat = losses.reshape(-1), lse.reshape(-1), pairs(logits)
     rest = dlosses.reshape(-1), targets.reshape(-1), V
     _both_of_rows[losses.size, 256](*flat, *rest)

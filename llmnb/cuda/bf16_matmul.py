@@ -207,30 +207,31 @@ def _product_kernel(tile, along_a, along_b, end):
 
 
 # what a layer's arrays must be
+def check_eights(name, size):
+    """Raise unless the size of a row is a multiple of 8."""
+    if size % 8:
+        raise ValueError(
+            f"{name}: in bfloat16 a row must hold a multiple of 8 numbers, "
+            f"got {size}"
+        )
+
+
 def halves(*wide):
     """How to look at arrays in bfloat16 (uint16), but for those named."""
 
     def check(name, array, shape=None, kinds=None, written=False):
+        layer, _, own = name.rpartition(": ")
         if kinds != (np.dtype(np.int32),):
-            single = name.rpartition(": ")[2] in wide
-            kinds = np.float32 if single else np.uint16
+            kinds = np.float32 if own in wide else np.uint16
         check_device(name, array, shape, kinds)
+        if kinds == np.uint16:
+            check_eights(layer, array.shape[-1])
         if kinds == np.uint16 and address(array) % 16:
             raise ValueError(f"{name} must begin at a multiple of 16 bytes")
 
     floats = np.dtype(np.float32), np.dtype(np.uint16)
     ints = (np.dtype(np.int32),)
     return Memory(check, device_kind, overlap, floats, ints, bounded=False)
-
-
-def check_eights(name, *sizes):
-    """Raise unless all sizes of rows are multiples of 8."""
-    for size in sizes:
-        if size % 8:
-            raise ValueError(
-                f"{name}: in bfloat16 a row must hold a multiple of 8 "
-                f"numbers, got {size}"
-            )
 
 
 def pairs(array):
@@ -293,7 +294,6 @@ def matmul_forward_bf16(out, inp, weight, bias, residual=None, work=None):
 
     Derived in chapter 3.14.
     """
-    check_eights("matmul_forward_bf16", *weight.shape)
     start = None if residual is None else as_rows(residual)
     y, x = as_rows(out), as_rows(inp)
     tensor_product(Product(y, x, weight, True, True, start, bias))
@@ -320,7 +320,6 @@ def matmul_backward_bf16(
 
     Derived in chapter 3.14.
     """
-    check_eights("matmul_backward_bf16", *weight.shape)
     dx, dy, x = as_rows(dinp), as_rows(dout), as_rows(inp)
     if dbias is not None:
         sums = matmul_scratch(*dy.shape)

@@ -59,7 +59,6 @@ def rmsnorm_forward_bf16(out, rstd, inp, weight, eps=1e-5, offset=0.0):
 
     Derived in chapter 5.12.
     """
-    check_eights("rmsnorm_forward_bf16", weight.size)
     arrays = pairs(out), rstd.reshape(-1), pairs(inp), weight
     numbers = np.float32(eps), np.float32(offset)
     _normalise[-(-rstd.size // 8), 256](*arrays, *numbers)
@@ -126,7 +125,6 @@ def rmsnorm_backward_bf16(
     Derived in chapter 5.12.
     """
     rows, C = rstd.size, weight.size
-    check_eights("rmsnorm_backward_bf16", C)
     wanted = rmsnorm_scratch_bf16(rows, C)
     work = given_work("rmsnorm_backward_bf16", work, wanted, rstd)
     flat, dy, x = rstd.reshape(-1), pairs(dout), pairs(inp)
@@ -210,11 +208,11 @@ _swiglu, _swiglu_back = _gate_kernels(_silu)
 _geglu, _geglu_back = _gate_kernels(_gelu)
 
 
-def _gate(layer, run, *arrays):
+def _gate(run, *arrays):
     """Launch on rows; the last array, inp, has 2 H channels."""
-    inp, H = arrays[-1], arrays[-1].shape[-1] // 2
-    check_eights(layer, H)
-    run[-(-inp.size // 1024), 256](*map(pairs, arrays), H // 2)
+    inp = arrays[-1]
+    HALF = inp.shape[-1] // 4
+    run[-(-inp.size // 1024), 256](*map(pairs, arrays), HALF)
 
 
 @shapes("B T H!, B T 2H", halves())
@@ -225,7 +223,7 @@ def swiglu_forward_bf16(out, inp):
 
     Derived in chapter 5.12.
     """
-    _gate("swiglu_forward_bf16", _swiglu, out, inp)
+    _gate(_swiglu, out, inp)
 
 
 @shapes("B T 2H!, B T H, B T 2H", halves())
@@ -236,7 +234,7 @@ def swiglu_backward_bf16(dinp, dout, inp):
 
     Derived in chapter 5.12.
     """
-    _gate("swiglu_backward_bf16", _swiglu_back, dinp, dout, inp)
+    _gate(_swiglu_back, dinp, dout, inp)
 
 
 @shapes("B T H!, B T 2H", halves())
@@ -247,7 +245,7 @@ def geglu_forward_bf16(out, inp):
 
     Derived in chapter 5.12.
     """
-    _gate("geglu_forward_bf16", _geglu, out, inp)
+    _gate(_geglu, out, inp)
 
 
 @shapes("B T 2H!, B T H, B T 2H", halves())
@@ -258,7 +256,7 @@ def geglu_backward_bf16(dinp, dout, inp):
 
     Derived in chapter 5.12.
     """
-    _gate("geglu_backward_bf16", _geglu_back, dinp, dout, inp)
+    _gate(_geglu_back, dinp, dout, inp)
 
 
 # token vectors
@@ -279,8 +277,6 @@ def embedding_forward_bf16(out, inp, wte, scale=1.0):
 
     Derived in chapter 5.12.
     """
-    C = out.shape[2]
-    check_eights("embedding_forward_bf16", C)
     places, table = inp.reshape(-1), wte.reshape(-1)
-    how = np.float32(scale), C
+    how = np.float32(scale), out.shape[2]
     _embed[-(-out.size // 512), 256](pairs(out), places, table, *how)

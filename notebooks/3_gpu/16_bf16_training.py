@@ -53,7 +53,7 @@ import math
 
 import numpy as np
 
-from llmnb.cuda.bf16_matmul import check_eights, halves, pairs, write_pair
+from llmnb.cuda.bf16_matmul import halves, pairs, write_pair
 from llmnb.cuda.crossentropy import LOWEST, block_merged
 from llmnb.cuda.gelu import ONE, gelu_back, gelu_of
 from llmnb.cuda.layernorm import EPS32
@@ -225,7 +225,6 @@ def encoder_forward_bf16(out, inp, wte, wpe):
     Raises TypeError or ValueError before it launches anything.
     """
     _, T, C = out.shape
-    check_eights("encoder_forward_bf16", C)
     tables = wte.reshape(-1), wpe.reshape(-1)
     grid = -(-out.size // 512)
     _encode[grid, 256](pairs(out), inp.reshape(-1), *tables, T, C)
@@ -272,7 +271,6 @@ def layernorm_forward_bf16(out, mean, rstd, inp, weight, bias):
     bias: (C,), float32. Raises TypeError or ValueError before it launches
     anything.
     """
-    check_eights("layernorm_forward_bf16", weight.size)
     stats, grid = (mean.reshape(-1), rstd.reshape(-1)), -(-mean.size // 8)
     _normalise[grid, 256](pairs(out), *stats, pairs(inp), weight, bias)
 
@@ -337,7 +335,6 @@ def layernorm_backward_bf16(
     it launches anything.
     """
     rows, C = mean.size, weight.size
-    check_eights("layernorm_backward_bf16", C)
     wanted = layernorm_scratch_bf16(rows, C)
     work = given_work("layernorm_backward_bf16", work, wanted, mean)
     stats = mean.reshape(-1), rstd.reshape(-1)
@@ -374,7 +371,6 @@ def gelu_forward_bf16(out, inp):
     out may be inp; their last axis is a multiple of 8. Raises TypeError or
     ValueError before it launches anything.
     """
-    check_eights("gelu_forward_bf16", out.shape[-1])
     _bend[-(-out.size // 512), 256](pairs(out), pairs(inp))
 
 
@@ -384,7 +380,6 @@ def gelu_backward_bf16(dinp, dout, inp, add=True):
 
     As gelu_forward_bf16; with add=False dinp may be dout itself.
     """
-    check_eights("gelu_backward_bf16", inp.shape[-1])
     grid = -(-inp.size // 512)
     _bend_back[grid, 256](pairs(dinp), pairs(dout), pairs(inp), int(add))
 
@@ -443,7 +438,6 @@ def crossentropy_softmax_forward_bf16(losses, lse, logits, targets, V):
     from V on are not read. targets: int32 (B, T). Raises TypeError or
     ValueError before it launches anything.
     """
-    check_eights("crossentropy_softmax_forward_bf16", logits.shape[-1])
     flat = losses.reshape(-1), lse.reshape(-1), pairs(logits)
     _losses_of_rows[losses.size, 256](*flat, targets.reshape(-1), V)
 
@@ -484,7 +478,6 @@ def crossentropy_softmax_backward_bf16(
     from V on receive 0. dlosses, lse: float32 (B, T). Raises TypeError or
     ValueError before it launches anything.
     """
-    check_eights("crossentropy_softmax_backward_bf16", logits.shape[-1])
     flat = pairs(dlogits), dlosses.reshape(-1), pairs(logits)
     rest = lse.reshape(-1), targets.reshape(-1), V
     _slopes_of_rows[lse.size, 256](*flat, *rest)
@@ -521,7 +514,6 @@ def fused_classifier_bf16(losses, lse, logits, dlosses, targets, V):
     targets, V) and crossentropy_softmax_backward_bf16(logits, dlosses,
     logits, lse, targets, V), to the bit, and raises what they raise.
     """
-    check_eights("fused_classifier_bf16", logits.shape[-1])
     flat = losses.reshape(-1), lse.reshape(-1), pairs(logits)
     rest = dlosses.reshape(-1), targets.reshape(-1), V
     _both_of_rows[losses.size, 256](*flat, *rest)

@@ -107,7 +107,6 @@ def rmsnorm_forward_bf16(out, rstd, inp, weight, eps=1e-5, offset=0.0):
     out, inp: (B, T, C) in bfloat16, uint16. rstd: (B, T), weight: (C,),
     float32. Raises TypeError or ValueError before it launches anything.
     """
-    check_eights("rmsnorm_forward_bf16", weight.size)
     arrays = pairs(out), rstd.reshape(-1), pairs(inp), weight
     numbers = np.float32(eps), np.float32(offset)
     _normalise[-(-rstd.size // 8), 256](*arrays, *numbers)
@@ -175,7 +174,6 @@ def rmsnorm_backward_bf16(
     anything.
     """
     rows, C = rstd.size, weight.size
-    check_eights("rmsnorm_backward_bf16", C)
     wanted = rmsnorm_scratch_bf16(rows, C)
     work = given_work("rmsnorm_backward_bf16", work, wanted, rstd)
     flat, dy, x = rstd.reshape(-1), pairs(dout), pairs(inp)
@@ -280,11 +278,11 @@ _swiglu, _swiglu_back = _gate_kernels(_silu)
 _geglu, _geglu_back = _gate_kernels(_gelu)
 
 
-def _gate(layer, run, *arrays):
+def _gate(run, *arrays):
     """Launch on rows; the last array, inp, has 2 H channels."""
-    inp, H = arrays[-1], arrays[-1].shape[-1] // 2
-    check_eights(layer, H)
-    run[-(-inp.size // 1024), 256](*map(pairs, arrays), H // 2)
+    inp = arrays[-1]
+    HALF = inp.shape[-1] // 4
+    run[-(-inp.size // 1024), 256](*map(pairs, arrays), HALF)
 
 
 @shapes("B T H!, B T 2H", halves())
@@ -293,7 +291,7 @@ def swiglu_forward_bf16(out, inp):
 
     Raises TypeError or ValueError before it launches anything.
     """
-    _gate("swiglu_forward_bf16", _swiglu, out, inp)
+    _gate(_swiglu, out, inp)
 
 
 @shapes("B T 2H!, B T H, B T 2H", halves())
@@ -302,7 +300,7 @@ def swiglu_backward_bf16(dinp, dout, inp):
 
     8 divides H. Raises TypeError or ValueError before it launches anything.
     """
-    _gate("swiglu_backward_bf16", _swiglu_back, dinp, dout, inp)
+    _gate(_swiglu_back, dinp, dout, inp)
 
 
 @shapes("B T H!, B T 2H", halves())
@@ -311,7 +309,7 @@ def geglu_forward_bf16(out, inp):
 
     Raises TypeError or ValueError before it launches anything.
     """
-    _gate("geglu_forward_bf16", _geglu, out, inp)
+    _gate(_geglu, out, inp)
 
 
 @shapes("B T 2H!, B T H, B T 2H", halves())
@@ -320,7 +318,7 @@ def geglu_backward_bf16(dinp, dout, inp):
 
     8 divides H. Raises TypeError or ValueError before it launches anything.
     """
-    _gate("geglu_backward_bf16", _geglu_back, dinp, dout, inp)
+    _gate(_geglu_back, dinp, dout, inp)
 
 
 # %% [markdown]
@@ -347,10 +345,8 @@ def embedding_forward_bf16(out, inp, wte, scale=1.0):
     out: (B, T, C) in bfloat16, uint16. inp: int32 (B, T). wte: float32.
     Raises TypeError or ValueError before it launches anything.
     """
-    C = out.shape[2]
-    check_eights("embedding_forward_bf16", C)
     places, table = inp.reshape(-1), wte.reshape(-1)
-    how = np.float32(scale), C
+    how = np.float32(scale), out.shape[2]
     _embed[-(-out.size // 512), 256](pairs(out), places, table, *how)
 
 
