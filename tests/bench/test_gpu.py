@@ -84,9 +84,6 @@ def test_every_row_is_on_disk_before_the_next(tmp_path):
     for name in "abc":
         result.row(contest, name, rows)
     assert seen == [[], ["a"], ["a", "b"]]
-    result.row(contest, "late", rows, needs=1e6)
-    late = {"name": "late", "unmeasured": "no time was left"}
-    assert contest["contestants"][-1] == late
 
 
 def begun(path, resume=True, **how):

@@ -156,16 +156,6 @@ def test_a_question_that_is_too_long_changes_nothing(talker):
     assert len(said(talk, "hello", 10_000)) == 128
 
 
-def test_what_was_said_when_it_was_stopped_is_the_answer(talker):
-    talk = conversation(talker)
-    pieces = talk.answer("hello", 50, GREEDY, 1)
-    heard = [next(pieces) for _ in range(4)]
-    pieces.close()
-    assert talk.messages[-1]["content"] == "".join(heard).strip()
-    assert talk.log[-1] == f"assistant: {''.join(heard).strip()}"
-    assert len(said(talk, "go on")) == 5
-
-
 def test_a_new_conversation_remembers_nothing(talker):
     talk = conversation(talker)
     first = said(talk, "hello", 20)

@@ -135,15 +135,6 @@ def test_a_signal_waits_while_it_saves(llmnb, tmp_path, monkeypatch):
     assert (tmp_path / "run" / "model.bin").exists()
 
 
-def test_a_second_interrupt_stops_at_once(llmnb, done, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        interrupt(patch, 3, signal.SIGINT, signal.SIGINT)
-        code, _, err = llmnb("train", "--out", "cut", *TINY.split())
-    assert code == 130 and "Traceback" not in err
-    assert not list((tmp_path / "cut").glob("state_*"))
-    assert "resumes    at step 0 of 6" in done("train", "--resume", "cut")
-
-
 def test_resume_with_a_text_that_has_moved(done, failed, tmp_path):
     (tmp_path / "a.txt").write_text("spam and eggs, " * 900)
     out = done("train", "--corpus", "a.txt", *TINY.split())

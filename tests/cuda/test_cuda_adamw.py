@@ -110,13 +110,6 @@ def test_norm(n, blocks, monkeypatch):
         np.testing.assert_array_equal(to_host(there), g)
 
 
-def test_norm_of_many():
-    """The bound is the chapter's: the longest chain, halved by the root."""
-    g = wide(30_003)
-    norm = cuda.global_norm(simulated(g))
-    assert abs(norm / reference.global_norm(g) - 1) < 2e-7
-
-
 def test_a_sum_of_many_blocks():
     """The second kernel takes four turns for 1024 sums."""
     sums = np.abs(wide(1025))
