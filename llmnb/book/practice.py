@@ -2,14 +2,21 @@
 
 """Chapters as plain notebooks, and as notebooks to fill in."""
 
-__all__ = ["ANSWER", "EXPORTED", "GO", "HOW", "main", "plain", "plain_cell"]
+__all__ = [
+    "ANSWER", "BEGIN", "EXPORTED", "GO", "HOW", "main", "plain", "plain_cell",
+]
 
 
 # imports
 import ast
+import importlib
+import os
 import re
+import symtable
+import sys
 
 import nbformat
+from IPython import get_ipython
 
 from llmnb.book.export import ROOT, read_chapter, sources, write_text
 
@@ -44,44 +51,37 @@ def blank(source):
     return "\n".join(lines)
 
 
-# imports of the chapter's own names
-def own_imports(source, modules):
-    """Code whose imports from a chapter's own modules lead to the notebook.
+# yours in the package's place
+MARK = "# exported to llmnb."
 
-    modules: their names without `llmnb.`, such as "reference.layernorm".
+
+def begin():
+    """From now on the package has the functions that this notebook exports."""
+    os.environ["LLMNB_CACHE"] = os.devnull
+    shell = get_ipython()
+    shell.events.register(
+        "post_run_cell", lambda x: put(x.info.raw_cell, shell.user_ns)
+    )
+
+
+def put(source, names):
+    """Put what a cell exports in the place of the package's.
+
+    source: the cell's. names: the notebook's.
     """
-    lines = source.splitlines()
-    nodes = [*ast.walk(ast.parse(source))]
-    nodes = [x for x in nodes if isinstance(x, ast.ImportFrom)]
-    for node in sorted(nodes, key=lambda x: -x.lineno):
-        made = [here(node.module, x, modules) for x in node.names]
-        if not any(made):
+    if not source.startswith(MARK):
+        return
+    module = source.partition("\n")[0].removeprefix(MARK)
+    package = vars(importlib.import_module(f"llmnb.{module}"))
+    for symbol in symtable.symtable(source, module, "exec").get_symbols():
+        name = symbol.get_name()
+        made = symbol.is_assigned() and not symbol.is_imported()
+        if not (made and name in package and name in names):
             continue
-        rest = [
-            x for x, mine in zip(node.names, made, strict=True) if not mine
-        ]
-        if rest:
-            left = ast.ImportFrom(node.module, rest, node.level)
-            made.append(ast.unparse(left))
-        indent = " " * node.col_offset
-        new = [indent + x for x in made if x and x != "pass"]
-        lines[node.lineno - 1 : node.end_lineno] = new or [indent + "pass"]
-    return "\n".join(lines)
-
-
-def here(module, name, modules):
-    """What takes the place of one imported name; None if it stays.
-
-    "pass" for a name that is in the notebook.
-    """
-    source = (module or "").removeprefix("llmnb").lstrip(".")
-    ours = (module or "").partition(".")[0] == "llmnb"
-    if ours and source in modules:
-        new = name.asname
-        return f"{new} = {name.name}" if new else "pass"
-    if ours and f"{source}.{name.name}".strip(".") in modules:
-        return f"import __main__ as {name.asname or name.name}"
-    return None
+        old, places = package[name], [*sys.modules.items()]
+        for place in [vars(x) for key, x in places if key[:6] == "llmnb."]:
+            if name in place and place[name] is old:
+                place[name] = names[name]
 
 
 # plain Markdown
@@ -109,7 +109,10 @@ HOW = """\
 > **To fill in.** The bodies of this chapter's functions are yours to write:
 > each raises `NotImplementedError` until you do. The chapter's checks are left
 > in, and they test your functions: run them; they say `ok`, or `FAIL` and
-> stop."""
+> stop. What a cell defines below `# exported to` stands in the package too, in
+> the place of its own, until the notebook is restarted. What else the cells
+> print in the book, the plain edition shows. Solutions are folded."""
+BEGIN = "import llmnb.book.practice\n\nllmnb.book.practice.begin()"
 GO = """\
 # this chapter reads files of the repository
 import os
@@ -127,23 +130,24 @@ def plain_cell(cell, chapter, practice):
     module = cell.metadata.get("module", next(iter(chapter.modules), ""))
     title = cell.metadata.get("title", "")
     cell.metadata = nbformat.NotebookNode()
+    solves = "hide-cell" in tags and title.startswith("exercise")
+    if solves:  # JupyterLab folds it
+        cell.metadata.jupyter = {"source_hidden": True}
     if cell.cell_type != "code":
         cell.source = plain_text(cell.source)
         return
     if practice:
         cell.outputs, cell.execution_count = [], None
-        solves = "hide-cell" in tags and title.startswith("exercise")
         if tags & EXPORTED or solves or not (chapter.cells or tags):
             cell.source = blank(cell.source)
         if solves:
             cell.source = ANSWER.sub(rf"\1...\n{TODO}", cell.source)
-        cell.source = own_imports(cell.source, chapter.modules)
     for output in cell.outputs:
         data = output.get("data", {})
         if "text/markdown" in data:
             data["text/markdown"] = plain_text(data["text/markdown"])
     if tags & EXPORTED:
-        cell.source = f"# exported to llmnb.{module}\n{cell.source}"
+        cell.source = f"{MARK}{module}\n{cell.source}"
 
 
 def plain(path, practice=False):
@@ -158,7 +162,10 @@ def plain(path, practice=False):
     chapter = read_chapter(path)
     for cell in book.cells:
         plain_cell(cell, chapter, practice)
-    first = [nbformat.v4.new_markdown_cell(HOW)] if practice else []
+    first = []
+    if practice:
+        first += [nbformat.v4.new_markdown_cell(HOW)]
+        first += [nbformat.v4.new_code_cell(BEGIN)]
     if any("../" in x.source for x in book.cells if x.cell_type == "code"):
         first += [nbformat.v4.new_code_cell(GO.format(path.parent.name))]
     for number, cell in enumerate(first):
