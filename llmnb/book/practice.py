@@ -131,8 +131,6 @@ def plain_cell(cell, chapter, practice):
     title = cell.metadata.get("title", "")
     cell.metadata = nbformat.NotebookNode()
     solves = "hide-cell" in tags and title.startswith("exercise")
-    if solves:  # JupyterLab folds it
-        cell.metadata.jupyter = {"source_hidden": True}
     if cell.cell_type != "code":
         cell.source = plain_text(cell.source)
         return
@@ -142,6 +140,8 @@ def plain_cell(cell, chapter, practice):
             cell.source = blank(cell.source)
         if solves:
             cell.source = ANSWER.sub(rf"\1...\n{TODO}", cell.source)
+    if solves and TODO not in cell.source:  # JupyterLab folds it
+        cell.metadata.jupyter = {"source_hidden": True}
     for output in cell.outputs:
         data = output.get("data", {})
         if "text/markdown" in data:

@@ -731,11 +731,8 @@ verdict("it ends", render_chat(led, told).endswith("I think"), "in its words")
 # of the turns, as chapter 1.19 does with its window: then it happens seldom.
 # :::
 
-# %% exercise 2, checked tags=["hide-cell"]
-from os.path import commonprefix
-from types import SimpleNamespace
 
-
+# %% exercise 2, half at once tags=["hide-cell"]
 class Halves(Conversation):
     def prompt(self, question, room):
         told, ids = super().prompt(question, room)
@@ -743,6 +740,11 @@ class Halves(Conversation):
             self.messages = self.messages[len(self.messages) // 4 * 2 :]
             told, ids = super().prompt(question, room)
         return told, ids
+
+
+# %% exercise 2, checked
+from os.path import commonprefix
+from types import SimpleNamespace
 
 
 def computed(kind):
