@@ -145,7 +145,7 @@ def put(source, names):
 from llmnb import cpu
 from llmnb.cpu import gelu
 
-mine = "# exported to llmnb.cpu.gelu\ndef gelu_forward(out, inp):\n    pass"
+mine = f"{MARK}cpu.gelu\ndef gelu_forward(out, inp):\n    pass"
 kept, names = gelu.gelu_forward, {"gelu_forward": print}
 put(mine, names)
 verdict("the module", gelu.gelu_forward is print, "has yours")
