@@ -290,6 +290,11 @@ for name, run in ("element", adamw_by_elements), ("four", adamw_apply):
     with watch() as seen:
         run(*four, settings)
     print(f"{name:8} {seen.requests:4} requests, {seen.sectors} sectors")
+try:
+    adamw_apply(*four, simulated(np.zeros(9, np.float32))[1:])
+    verdict("settings", False, "are refused elsewhere")
+except ValueError as error:
+    print(error)
 
 # %% [markdown]
 # Four arrays are read and three of them written, $7 \cdot 129 = 903$ sectors

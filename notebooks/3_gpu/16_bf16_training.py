@@ -520,6 +520,49 @@ def fused_classifier_bf16(losses, lse, logits, dlosses, targets, V):
 
 
 # %% [markdown]
+# Each beside the reference's, in float64 on the same rounded numbers. A result may be
+# off by its rounding, $2^{-8}$ of it at most, and by a little of float32's.
+
+# %% layers of rows against float64 tags=["fold-input"]
+from llmnb import reference
+from llmnb.gpu.launch import simulated, to_host
+from llmnb.gpu.simulator import watch
+
+
+def wide(x):
+    return (from_bfloat16(x) if x.dtype == "u2" else x).astype(float)
+
+
+def beside(name, writes, *arrays, V=()):
+    """Run a layer and its reference, which write the first arrays."""
+    exact = [x if x.dtype == np.int32 else wide(x) for x in arrays]
+    there = [simulated(x) for x in arrays]
+    getattr(reference, name)(*exact, *V)
+    layer, *_, way = name.split("_")
+    with watch():
+        globals()[f"{name}_bf16"](*there, *V)
+    for got, want in zip(there[:writes], exact, strict=False):
+        error = np.abs(wide(to_host(got)) - want)
+        near = (error <= 2**-8 * np.abs(want) + 1e-5).all()
+        verdict(layer, near, f"{way}: within 2**-8")
+    return [x.astype(np.float32) for x in exact[:writes]]
+
+
+draw = np.random.default_rng(316)
+x, dy, start = to_bfloat16(draw.normal(size=(3, 1, 9, 24)).astype("f4"))
+rows, tables = draw.normal(size=(4, 24)), draw.normal(size=(2, 11, 24))
+w, b, dw, db, wte, wpe = (a.astype("f4") for a in (*rows, *tables))
+ids, numbers = draw.integers(0, 11, (1, 9), np.int32), np.ones((2, 1, 9), "f4")
+_, *stats = beside("layernorm_forward", 3, start, *numbers, x, w, b)
+beside("layernorm_backward", 3, start, dw, db, dy, x, w, *stats)
+beside("gelu_forward", 1, start, x)
+beside("gelu_backward", 1, start, dy, x)
+beside("encoder_forward", 1, start, ids, wte, wpe)
+forward, backward = (f"crossentropy_softmax_{x}ward" for x in ("for", "back"))
+_, lse = beside(forward, 2, *numbers, x, ids, V=(11,))
+_ = beside(backward, 1, start, numbers[0] / 3, x, lse, ids, V=(11,))
+
+# %% [markdown]
 # ## The backend
 #
 # The model stays as it is. A backend decides what its memory is, and hands
