@@ -299,6 +299,7 @@ WRONG = """\
 1.9 | out[...] = 0.5 * inp | out = 0.5 * inp
 1.9 | dinp + grad if add else grad | dinp + grad
 1.9 | dinp + grad if add else grad | grad
+1.9 | sigmoid(1.702 * x) | sigmoid(x)
 1.10 | dinp1 += dout | dinp1[...] = dout
 1.11 | alpha / len(z) | alpha
 1.12 | peak * (step + 1) / warmup | peak * step / warmup

@@ -310,6 +310,11 @@ print("lse", np.round(lse, 4))
 compare("by hand", out[0], weights @ v, tol=1e-12)
 attention_forward(out, lse, 1000 * inp)
 compare("large scores", out[0], 1000 * v, tol=1e-12)
+try:
+    attention_forward(out, lse, inp[..., :5])
+    verdict("five channels", False, "are refused")
+except ValueError as error:
+    print(error)
 
 # %% [markdown]
 # In the line over the functions `NH|C` is an NH that divides C. The function

@@ -387,7 +387,12 @@ for kept in map(list, combinations(range(6), 3)):
 best = min(prices, key=prices.get)
 verdict("best set", best == (0, 1, 2), "the three most probable")
 compare("its price", prices[best], -np.log(p[:3].sum()), tol=1e-12)
-compare("top_k=3", distribution(z, top_k=3)[:3], p[:3] / 0.8, tol=1e-12)
+cuts = (1, 3), (0.5, 3, 0.7), (0, None)  # what is kept: three, two, the first
+got = [distribution(z, *how) for how in cuts]
+got.append(distribution(0 * z, top_k=1))  # all are equal: the first as well
+kept = p[:3] / 0.8, p[:2] ** 2 / (p[:2] ** 2).sum(), [1], [1]
+want = [[*some, *(6 - len(some)) * [0]] for some in kept]
+compare("top_k=3", got, want, tol=1e-12)
 
 # %% [markdown]
 # And top-p: what it keeps is as small as any set that reaches the sum.
