@@ -311,7 +311,7 @@ compare("by hand", out[0], weights @ v, tol=1e-12)
 attention_forward(out, lse, 1000 * inp)
 compare("large scores", out[0], 1000 * v, tol=1e-12)
 try:
-    attention_forward(out, lse, inp[..., :5])
+    attention_forward(out, lse, np.ones((1, 3, 5)))
     verdict("five channels", False, "are refused")
 except ValueError as error:
     print(error)

@@ -681,7 +681,23 @@ def norm_after(halves):
 
 
 # %% exercise 3, checked
-after, before = norm_after(drawn_halves(2 * L)), chains["both"][1][0]
+halves = drawn_halves(2 * L)
+after, before = norm_after(halves), chains["both"][1][0]
+
+
+def summed(x):
+    """The sum of `end` times what these halves make of x."""
+    for half in halves:
+        total, x = x + half_forward(x, half, norm=False)[0], np.empty_like(x)
+        layernorm_forward(
+            x, *np.empty((2, 1, N)), total, np.ones(C), np.zeros(C)
+        )
+    return (end * x).sum()
+
+
+step = 1e-5 * rng.normal(size=start.shape)
+moved = (summed(start + step) - summed(start - step)) / 2
+compare("a small step", (after * step).sum() / moved, 1, tol=1e-4)
 less = cosine(after, end) < cosine(before, end) - 0.1
 verdict("LN after", less, "keeps less of it")
 
