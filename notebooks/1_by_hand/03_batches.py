@@ -508,21 +508,6 @@ same = all(
 )
 verdict("resumed", same, "50 batches are the same")
 
-# %% what is refused
-for call in (
-    lambda: split(stream[:1]),
-    lambda: DataLoader([], 2, 6),
-    lambda: DataLoader([numbers[:12]], 2, 6),
-    lambda: DataLoader([numbers - 1], 2, 6),
-    lambda: setattr(loader, "state", {"epoch": 1}),
-    lambda: setattr(loader, "state", loader.state | {"shard": 3}),
-):
-    try:
-        call()
-        verdict("the call", False, "is refused")
-    except ValueError as error:
-        print(error)
-
 # %% [markdown]
 # A loader that drew its windows at random, each time anew, would be shorter to
 # write, and would see some windows twice and others never. Of $n$ windows, $n$

@@ -502,18 +502,6 @@ for kind in KINDS:
     print(" ".join(f"{x:5.1f}" for x in rates))
     compare(kind, np.take(rates, [0, 1, 4, 9, 10]), by_hand[kind], tol=1e-4)
 
-# %% what is refused
-for call in (
-    lambda: learning_rate(0, 1, 2, 10, "sine"),
-    lambda: learning_rate(0, 1, 11, 10),
-    lambda: AdamW(beta1=1.0).factors("here"),
-):
-    try:
-        call()
-        verdict("the call", False, "is refused")
-    except ValueError as error:
-        print(error)
-
 # %% [markdown]
 # ## Clipping
 #
