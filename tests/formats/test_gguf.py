@@ -73,7 +73,17 @@ def tensors(cfg, params):
     return found
 
 
-def write_model(path, cfg, params, keys=(), arrays=()):
+def packed_as(x, kind):
+    """Bytes and type; vectors stay float32, as in published files."""
+    if type(x) is tuple:
+        return x
+    if kind is None or x.ndim == 1:
+        return x, None
+    kind = gguf.GGMLQuantizationType[kind]
+    return gguf.quantize(x, kind), kind
+
+
+def write_model(path, cfg, params, pack=None, keys=(), arrays=()):
     """As llama.cpp's converter writes it; keys, arrays: what is otherwise.
 
     An array may be a tuple: its bytes and type, as they lie there.
@@ -81,10 +91,7 @@ def write_model(path, cfg, params, keys=(), arrays=()):
     kind, said = KINDS[cfg.family], altered(metadata(cfg), dict(keys))
     said = {f"{kind}.{key}": x for key, x in said.items()}
     held = altered(tensors(cfg, params), dict(arrays))
-    rows = [
-        (name, *(x if type(x) is tuple else (x, None)))
-        for name, x in held.items()
-    ]
+    rows = [(name, *packed_as(x, pack)) for name, x in held.items()]
     return write_gguf(path, said, kind, rows)
 
 
@@ -135,6 +142,26 @@ def test_gemmas_settings_are_read(kind, most, tmp_path):
     path = write_model(tmp_path / "b.gguf", cfg, random_params(cfg))
     found = ours.gguf_config(ours.GGUFFile(path))
     assert found.attention_scale == (cfg.channels / cfg.num_heads) ** -0.5
+
+
+# the largest error of a block, in parts of its largest number
+PACKED = {
+    "F32": 0, "F16": 2**-11, "BF16": 2**-8, "Q8_0": 0.5 / 127,
+    "Q5_0": 1 / 16, "Q5_1": 1 / 31, "Q4_0": 1 / 8, "Q4_1": 1 / 15,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", PACKED)
+def test_packed_numbers_come_back_nearly(kind, tmp_path):
+    params = random_params(WIDE)
+    path = write_model(tmp_path / "a.gguf", WIDE, params, kind)
+    cfg, found = read(path)
+    assert cfg == WIDE
+    for name, x in params.items():
+        error, most = np.abs(found[name] - x), np.abs(x).max()
+        exact = kind == "F32" or name.startswith("ln")
+        assert error.max() <= (0 if exact else 1.01 * PACKED[kind] * most)
+        assert exact or error.max() > 0
 
 
 def q6_k(rows, d):

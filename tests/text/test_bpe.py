@@ -1,10 +1,14 @@
-"""Byte-pair encoding; chapter 1.2 compares it with its definition."""
+"""Byte-pair encoding, against its definition."""
 
 import random
 import time
+from collections import Counter
+from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
+import regex
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from spelling import STORY, TEXT, tokens_of
 
 from llmnb.text import bpe
@@ -12,9 +16,60 @@ from llmnb.text import bpe
 QUICK = settings(max_examples=25, deadline=None, derandomize=True)
 
 
+def slow_merges(text, number):
+    """The definition: count all pairs anew before each merge."""
+    words = [[*w.encode()] for w in regex.findall(bpe.WORDS, text)]
+    merges = []
+    for new in range(256, 256 + number):
+        count = Counter(pair for word in words for pair in pairwise(word))
+        if not count:
+            break
+        merges.append(min(count, key=lambda pair: (-count[pair], pair)))
+        words = [joined(word, merges[-1], new) for word in words]
+    return merges
+
+
+def joined(word, pair, new):
+    """A word in which a pair has become one token, from left to right."""
+    out = []
+    for token in word:
+        if out and (out[-1], token) == pair:
+            out[-1] = new
+        else:
+            out.append(token)
+    return out
+
+
+def slow_encode(text, tokens):
+    """Apply the merges one after the other, each from left to right."""
+    out = []
+    for word in regex.findall(bpe.WORDS, text):
+        parts = [bytes([b]) for b in word.encode()]
+        for token in tokens[256:]:
+            i = 0
+            while i + 1 < len(parts):
+                if parts[i] + parts[i + 1] == token:
+                    parts[i : i + 2] = [token]
+                i += 1
+        out += [tokens.index(part) for part in parts]
+    return out
+
+
 @pytest.fixture(scope="module")
 def story():
     return bpe.train(STORY, 330)
+
+
+@QUICK
+@given(st.text("aaab .\n", max_size=120), st.integers(0, 50))
+@example(STORY, 73)
+def test_training_equals_its_definition(text, number):
+    merges = slow_merges(text, number)
+    tokens = [bytes([i]) for i in range(256)]
+    for a, b in merges:
+        tokens.append(tokens[a] + tokens[b])
+    encoding = bpe.train(text, 257 + len(merges))
+    assert tokens_of(encoding)[:-1] == tokens
 
 
 def test_vocabulary_counts_bytes_merges_and_the_special_token(story):
@@ -32,6 +87,26 @@ def test_documents_train_as_one_text_where_words_do_not_cross():
     lines = STORY.splitlines(keepends=True)
     a, b = bpe.train(iter(lines), 300), bpe.train(STORY, 300)
     assert tokens_of(a) == tokens_of(b)
+
+
+LIKELY = st.lists(st.sampled_from("ogfrs at'\n"), max_size=80).map("".join)
+
+
+@QUICK
+@given(TEXT | LIKELY)
+def test_encoding_repeats_the_merges(story, text):
+    got = story.encode_ordinary(text)
+    assert got == slow_encode(text, tokens_of(story)[:-1])
+    assert story.decode(got) == text
+
+
+@QUICK
+@given(st.binary(max_size=100))
+def test_every_byte_string_has_tokens(story, raw):
+    ids = [tokens_of(story).index(bytes([b])) for b in raw]
+    assert story.decode_bytes(ids) == raw
+    text = raw.decode("latin-1")
+    assert story.decode(story.encode_ordinary(text)) == text
 
 
 @QUICK
