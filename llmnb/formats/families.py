@@ -251,6 +251,7 @@ def family_description(cfg):
     act = _ACTIVATIONS[cfg.feedforward][0]
     found |= {"hidden_act": act, "hidden_activation": act}
     found |= {"attention_bias": False, "mlp_bias": False}
+    found["pad_token_id"] = None  # a Gemma's reader takes 0, which then rests
     if cfg.rope_scaling:
         names = "rope_type", *_SCALINGS[cfg.rope_scaling[0]]
         found["rope_scaling"] = dict(zip(names, cfg.rope_scaling, strict=True))

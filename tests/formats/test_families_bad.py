@@ -192,6 +192,8 @@ def test_numbers_are_written_as_version_5_of_transformers_takes_them():
     numbers = "query_pre_attn_scalar", "final_logit_softcapping"
     found = [said[name] for name in (*numbers, "rms_norm_eps")]
     assert repr(found) == "[168, 30.0, 1.0]"
+    # else nn.Embedding of a Gemma has no gradient for token 0
+    assert said["pad_token_id"] is None
 
 
 def test_a_mistral_of_blocks_that_are_alike_is_no_ministral():
