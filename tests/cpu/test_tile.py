@@ -274,13 +274,16 @@ def loops(assembly):
     [
         ("fp32", "haswell", AVX2, "vfmadd...ps", "ymm", (6, 2)),
         ("fp32", "skylake-avx512", AVX512, "vfmadd...ps", "zmm", (8, 3)),
-        ("bf16", "znver4", BF16, "vdpbf16ps", "zmm", (8, 3)),
+        ("bf16", "cooperlake", BF16, "vdpbf16ps", "zmm", (8, 3)),
     ],
 )
 def test_the_sums_stay_in_registers(
     processor, features, precision, instruction, register, shape
 ):
-    """Compiled for a processor that need not be this one, and not run."""
+    """Compiled for a processor that need not be this one, and not run.
+
+    Each is one that the oldest LLVM knows that numba may bring.
+    """
     done = alone(
         COMPILE, precision, LLMNB_CACHE="", NUMBA_CPU_NAME=processor,
         NUMBA_CPU_FEATURES=features,
