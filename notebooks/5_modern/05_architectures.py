@@ -22,7 +22,7 @@
 #
 # ## Where we are
 #
-# Four chapters have changed one box each. Now they go into one block, and six
+# Four chapters have changed one box each. Now they go into one block, and seven
 # families of models come out: they differ in numbers and in a few words. At the end
 # you can
 #
@@ -872,7 +872,7 @@ verdict("2: the whole", whole == [5, 11, 17, 23], "in 5, 11, 17 and 23")
 # %% [markdown]
 # ## Take away
 #
-# - Six families are one block: norm, attention, feed-forward, two ends.
+# - Seven families are one block: norm, attention, feed-forward, two ends.
 # - A model asks for a table and for parts, and knows no family.
 # - A count to the last digit and central differences prove table and wiring.
 #
