@@ -600,8 +600,6 @@ from llmnb.model.tensors import (
 for x in tensor_table(GPT2Config()):
     marks = "decays" * x.decays, "added to" * x.added
     print(f"{x.name:<9} {str(x.shape):<14} {x.std:7.4f} {x.there:<24}", *marks)
-
-# %% what is counted tags=["fold-input"]
 cfg = GPT2Config()
 counts = [parameter_count(cfg, padded) for padded in (True, False)]
 known = counts == [124_475_904, 124_439_808]
@@ -655,8 +653,7 @@ first = {x.name: dw[x.name] - x.added for x in table}
 for name, weight in w.items():
     want = numerical_gradient(loss, weight)
     compare(f"d{name}", first[name], want, tol=1e-7)
-
-# %% and once more, added tags=["fold-input"]
+# and once more, added
 loss()
 d["dstream"][...] = g
 block_backward(parts, reference, inp, w, a, dw, d, add=True)
