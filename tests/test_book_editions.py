@@ -327,7 +327,7 @@ def test_a_plausible_mistake_fails_its_chapters_checks(
     """Twice: memory that is not cleared may hold what the last run left."""
     label, right, wrong = row.split(" | ")
     path = next(x for x in CHAPTERS if chapter_label(x) == label)
-    assert right in path.read_text()
+    assert right in path.read_text("utf-8")
     monkeypatch.chdir(path.parent)
     own = {x.source: x.module for x in read_chapter(path).cells}
     names = {"__name__": "__main__"}

@@ -393,7 +393,7 @@ verdict("each tensor", least > 1e5 * 1e-8, "has a gradient to test")
 # - LayerNorm's last term is forgotten.
 
 # %% five mistakes
-page = Path(reference.__file__).with_name("gpt2.py").read_text()
+page = Path(reference.__file__).with_name("gpt2.py").read_text("utf-8")
 MISTAKES = {
     "share lost": ("dx + layernorm_back(dln2", "layernorm_back(dln2"),
     "added once": ('np.add.at(g["wte"], tokens, dx)',

@@ -144,7 +144,7 @@ def facts(cfg):
         "1 whole in": get("global_every") or "-",
         "soft caps": " ".join(caps),
         "tied": yes[old or cfg.tied],
-        "biases": yes[cfg.bias],
+        "biases": "q, k, v" if get("qkv_bias") else yes[cfg.bias],
     }
 
 

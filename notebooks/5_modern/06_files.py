@@ -176,7 +176,7 @@ class LlamaConfig(GPT2Config):
 
 
 # %% [markdown]
-# The others are a few lines each, as the table of chapter 5.5 says:
+# The others are a few lines each, as chapter 5.5 says:
 
 
 # %% its relatives tags=["export", "fold-input"] module="model.architectures"
